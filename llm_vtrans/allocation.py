@@ -1,0 +1,352 @@
+"""ALLOCATE: trained masks and a budget -> exactly which units stay.
+
+Training leaves, at the border of every structure, units with the same `log_alpha`:
+there the loss per unit of cost is the Lagrangian's multiplier for all of them. So a
+unit's benefit is its cost times its keep probability, and the best plan is the
+feasible one with the largest summed benefit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from llm_vtrans.budget import Budget, Cost, complete
+from llm_vtrans.errors import UserError
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
+from llm_vtrans.masks import THRESHOLD, VIBMasks, keep_probability
+
+TOLERANCE = 1e-3  # of the budget may stay unused when dimensions are free
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Kept units and the gate values that export folds into the weights.
+
+    Attributes:
+        keep: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`; a sub-layer without
+            kept units is removed.
+        gate: the masks' `mu`, float32, of the same structures and `layers (L, 2)`.
+    """
+
+    keep: Mapping[str, Tensor]
+    gate: Mapping[str, Tensor]
+
+    @property
+    def shape(self) -> Shape:
+        """Counts of kept units."""
+        return Shape(
+            int(self.keep[Axis.HIDDEN].sum()),
+            tuple(self.keep[Axis.HEADS].sum(1).tolist()),
+            tuple(self.keep[Axis.FFN].sum(1).tolist()),
+        )
+
+    def hard(self) -> dict[str, Tensor]:
+        """Gate values with pruned units at zero: what the masked model multiplies by."""
+        hard = {name: self.gate[name] * self.keep[name] for name in self.keep}
+        # A removed sub-layer may have a bias, which no unit gate reaches.
+        present = torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)
+        return {**hard, "layers": self.gate["layers"] * present}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What allocation knows of the model and the target."""
+
+    architecture: Architecture
+    cost: Cost
+    budget: Budget
+    round_to: int
+    is_uniform: bool
+
+    def counts(self, axis: Axis, is_pruned: bool) -> list[int]:
+        """Allowed numbers of units: multiples that make the dimension divisible, or all."""
+        units = self.architecture.num_units[axis]
+        if not is_pruned:
+            return [units]
+        step = self.multiple(axis)
+        return sorted({*range(step, units, step), units})
+
+    def multiple(self, axis: Axis) -> int:
+        """Units per rounding step: `round_to` divided among the entries a unit covers."""
+        if axis is not Axis.HEADS:
+            return self.round_to
+        width = next(
+            self.architecture.units_per(dim)
+            for spec in self.architecture.tensors
+            for dim in spec.dims
+            if dim.axis is Axis.HEADS and spec.stream is Stream.WRITES
+        )
+        return self.round_to // gcd(self.round_to, width)
+
+
+def allocate(masks: VIBMasks, problem: Problem) -> PrunePlan:
+    """The plan of largest benefit that the budget admits.
+
+    Args:
+        masks: trained masks; structures without a mask stay whole.
+        problem: model, budget, rounding and layout.
+
+    Raises:
+        UserError: even the smallest allowed model exceeds the budget.
+    """
+    architecture = problem.architecture
+    with torch.no_grad():
+        alphas = {n: la.double().cpu() for n, la in masks.log_alpha().items()}
+        gate = complete({n: masks.mu[n].float().cpu() for n in masks.names()}, architecture)
+    pruned = frozenset(alphas)
+    scores = complete({n: keep_probability(la, 1.0) for n, la in alphas.items()}, architecture)
+    present = _present(alphas, architecture)
+    benefits = _benefits(scores, problem.cost)
+    while True:
+        shape = _choose_shape(scores, benefits, present, pruned, problem)
+        if shape is not None:
+            break
+        present = _drop_one(present, alphas, architecture, problem)
+    return PrunePlan(_keep_best(scores, shape), {n: g.contiguous() for n, g in gate.items()})
+
+
+def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
+    """Raises UserError if no allowed shape meets the budget."""
+    layers = problem.architecture.num_layers
+    smallest = {axis: problem.counts(axis, axis.value in pruned)[0] for axis in Axis}
+    kept = 1 if "layers" in pruned else layers
+    shape = Shape(
+        smallest[Axis.HIDDEN],
+        (smallest[Axis.HEADS],) * kept + (0,) * (layers - kept),
+        (smallest[Axis.FFN],) * kept + (0,) * (layers - kept),
+    )
+    least = problem.cost.of(shape)
+    if least > problem.budget.target:
+        raise UserError(
+            f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable: with "
+            f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the smallest "
+            f"model has {least:,}; lower --sparsity below "
+            f"{1 - least / problem.budget.dense:.3f} or prune more structures"
+        )
+
+
+def _present(alphas: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
+    """Which sub-layers stay, `(L, 2)` bool; the first attention stays (caches read its length)."""
+    shape = (architecture.num_layers, 2)
+    if "layers" not in alphas:
+        return torch.ones(shape, dtype=torch.bool)
+    present = (alphas["layers"] < THRESHOLD).expand(shape).clone()
+    present[0, 0] = True
+    if alphas["layers"].shape[1] == 1:
+        present[0] = True
+    return present
+
+
+def _drop_one(
+    present: Tensor, alphas: Mapping[str, Tensor], architecture: Architecture, problem: Problem
+) -> Tensor:
+    """Removes the noisiest sub-layer left: the budget cannot hold one unit of each."""
+    if "layers" not in alphas or int(present[1:].sum()) == 0:
+        check_reachable(problem, frozenset(alphas))
+        raise UserError(
+            f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable for these "
+            "masks: lower --sparsity or train with more structures in --prune"
+        )
+    noise = alphas["layers"].expand(present.shape).masked_fill(~present, -torch.inf).clone()
+    noise[0] = -torch.inf
+    layer, part = divmod(int(noise.argmax()), 2)
+    present = present.clone()
+    present[layer, slice(None) if alphas["layers"].shape[1] == 1 else part] = False
+    return present
+
+
+def _benefits(scores: Mapping[str, Tensor], cost: Cost) -> dict[str, Tensor]:
+    """Keep probability times marginal cost at the expected model, per unit."""
+    variables = {n: s.clone().requires_grad_() for n, s in scores.items()}
+    gradients = torch.autograd.grad(cost.expected(variables), list(variables.values()))
+    return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
+
+
+def _choose_shape(
+    scores: Mapping[str, Tensor],
+    benefits: Mapping[str, Tensor],
+    present: Tensor,
+    pruned: frozenset[str],
+    problem: Problem,
+) -> Shape | None:
+    choose = _choose_uniform if problem.is_uniform else _choose_free
+    return choose(scores, benefits, present, pruned, problem)
+
+
+def _hidden_gain(benefits: Mapping[str, Tensor], counts: list[int]) -> Tensor:
+    """Summed benefit of the best `n` hidden dimensions for each `n` in `counts`."""
+    ranked = benefits[Axis.HIDDEN].sort(descending=True).values.cumsum(0)
+    return ranked[torch.tensor(counts) - 1]
+
+
+def _choose_uniform(
+    scores: Mapping[str, Tensor],
+    benefits: Mapping[str, Tensor],
+    present: Tensor,
+    pruned: frozenset[str],
+    problem: Problem,
+) -> Shape | None:
+    """One head count and one FFN count for every kept layer, by enumeration."""
+    kept = present.any(dim=1)
+    num_kept = int(kept.sum())
+    cost, target = problem.cost, problem.budget.target
+    options = {axis: problem.counts(axis, axis.value in pruned) for axis in Axis}
+
+    def gain(axis: Axis) -> Tensor:  # best n units of every kept layer, for each allowed n
+        ranked = benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
+        return ranked[torch.tensor(options[axis]) - 1]
+
+    hidden = torch.tensor(options[Axis.HIDDEN])
+    ffn_options = torch.tensor(options[Axis.FFN])
+    ffn_base = cost.part(Sublayer.FFN, hidden, 0)
+    ffn_slope = cost.part(Sublayer.FFN, hidden, 1) - ffn_base
+    hidden_gain, ffn_gain = _hidden_gain(benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
+    found: list[tuple[float, float, Shape]] = []
+    for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
+        attention = cost.part(Sublayer.ATTENTION, hidden, heads)
+        room = target - cost.outside(hidden) - num_kept * (attention + ffn_base)
+        most = torch.div(room, num_kept * ffn_slope, rounding_mode="floor")
+        index = torch.searchsorted(ffn_options, most, right=True) - 1
+        total = hidden_gain + heads_gain + ffn_gain[index.clamp(min=0)]
+        unused = (room - num_kept * ffn_slope * ffn_options[index.clamp(min=0)]) / target
+        for i in torch.nonzero(index >= 0).flatten().tolist():
+            shape = _uniform_shape(int(hidden[i]), heads, int(ffn_options[index[i]]), kept)
+            found.append((float(unused[i]), float(total[i]), shape))
+    if not found:
+        return None
+    fitting = [entry for entry in found if entry[0] <= TOLERANCE]
+    if not fitting:  # rounding leaves no shape this close: the fullest near the best gain
+        best = max(entry[1] for entry in found)
+        fitting = [e for e in found if e[1] >= 0.98 * best] if problem.round_to > 1 else found
+        return min(fitting, key=lambda entry: entry[0])[2]
+    return max(fitting, key=lambda entry: entry[1])[2]
+
+
+def _uniform_shape(hidden: int, heads: int, ffn: int, kept: Tensor) -> Shape:
+    return Shape(
+        hidden,
+        tuple(heads if k else 0 for k in kept.tolist()),
+        tuple(ffn if k else 0 for k in kept.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Units gathered into rounding blocks, in the order in which they are taken."""
+
+    benefit: Tensor  # (num_blocks,)
+    is_ffn: Tensor  # (num_blocks,) bool
+    layer: Tensor  # (num_blocks,)
+    size: Tensor  # (num_blocks,) units in the block
+    num_forced: int  # leading blocks that every plan contains
+
+
+def _blocks(
+    scores: Mapping[str, Tensor],
+    benefits: Mapping[str, Tensor],
+    present: Tensor,
+    pruned: frozenset[str],
+    problem: Problem,
+) -> _Blocks:
+    rows: list[tuple[float, float, int, int, int]] = []  # order, benefit, ffn?, layer, size
+    for index, part in enumerate(Sublayer):
+        axis = UNIT_AXIS[part]
+        units = problem.architecture.num_units[axis]
+        step = min(problem.multiple(axis), units) if axis.value in pruned else units
+        for layer in torch.nonzero(present[:, index]).flatten().tolist():
+            order = scores[axis][layer].argsort(descending=True)
+            for rank, chunk in enumerate(order.split(step)):
+                score = torch.inf if rank == 0 else float(scores[axis][layer][chunk].mean())
+                benefit = float(benefits[axis][layer][chunk].sum())
+                rows.append((score, benefit, index, layer, len(chunk)))
+    rows.sort(key=lambda row: -row[0])
+    columns = list(zip(*rows, strict=True))
+    return _Blocks(
+        benefit=torch.tensor(columns[1], dtype=torch.float64),
+        is_ffn=torch.tensor(columns[2]).bool(),
+        layer=torch.tensor(columns[3]),
+        size=torch.tensor(columns[4]),
+        num_forced=sum(row[0] == torch.inf for row in rows),
+    )
+
+
+def _choose_free(
+    scores: Mapping[str, Tensor],
+    benefits: Mapping[str, Tensor],
+    present: Tensor,
+    pruned: frozenset[str],
+    problem: Problem,
+) -> Shape | None:
+    """Counts free in every layer: for each hidden size the best-scored units that fit."""
+    cost, target = problem.cost, problem.budget.target
+    blocks = _blocks(scores, benefits, present, pruned, problem)
+    units = {
+        Sublayer.ATTENTION: (blocks.size * ~blocks.is_ffn).cumsum(0),
+        Sublayer.FFN: (blocks.size * blocks.is_ffn).cumsum(0),
+    }
+    gains = blocks.benefit.cumsum(0)
+    hidden_options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned)
+    best: tuple[float, int, Tensor] | None = None
+    for hidden, hidden_gain in zip(
+        hidden_options, _hidden_gain(benefits, hidden_options).tolist(), strict=True
+    ):
+        spent = torch.full_like(gains, cost.outside(hidden)).long()
+        for index, part in enumerate(Sublayer):
+            base = cost.part(part, hidden, 0)
+            slope = cost.part(part, hidden, 1) - base
+            spent = spent + int(present[:, index].sum()) * base + slope * units[part]
+        num = int(torch.searchsorted(spent, target, right=True))
+        if num < blocks.num_forced:
+            continue
+        gain = hidden_gain + float(gains[num - 1])
+        if best is None or gain > best[0]:
+            best = (gain, hidden, spent)
+    if best is None:
+        return None
+    _, hidden, spent = best
+    return _fill(blocks, hidden, spent, problem)
+
+
+def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shape:
+    """Takes blocks in order while they fit, then any later one that still does."""
+    cost, target = problem.cost, problem.budget.target
+    num = int(torch.searchsorted(spent, target, right=True))
+    taken = list(range(num))
+    room = target - int(spent[num - 1])
+    for i in range(num, len(spent)):
+        part = Sublayer.FFN if blocks.is_ffn[i] else Sublayer.ATTENTION
+        unit = cost.part(part, hidden, 1) - cost.part(part, hidden, 0)
+        price = int(unit) * int(blocks.size[i])
+        if price <= room:
+            taken.append(i)
+            room -= price
+    counts = torch.zeros(2, problem.architecture.num_layers, dtype=torch.long)
+    index = torch.tensor(taken)
+    counts.index_put_(
+        (blocks.is_ffn[index].long(), blocks.layer[index]), blocks.size[index], accumulate=True
+    )
+    return Shape(hidden, tuple(counts[0].tolist()), tuple(counts[1].tolist()))
+
+
+def _keep_best(scores: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """The highest-scored units of each structure, as many as the shape says."""
+
+    def top(values: Tensor, count: int) -> Tensor:
+        keep = torch.zeros_like(values, dtype=torch.bool)
+        keep[values.argsort(descending=True, stable=True)[:count]] = True
+        return keep
+
+    return {
+        Axis.HIDDEN.value: top(scores[Axis.HIDDEN], shape.hidden),
+        Axis.HEADS.value: torch.stack(
+            [top(row, n) for row, n in zip(scores[Axis.HEADS], shape.heads, strict=True)]
+        ),
+        Axis.FFN.value: torch.stack(
+            [top(row, n) for row, n in zip(scores[Axis.FFN], shape.ffn, strict=True)]
+        ),
+    }

@@ -1,0 +1,205 @@
+"""Every option of `prune`: one dataclass field each, checked here before anything expensive."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from llm_vtrans.errors import UserError
+
+STRUCTURES = ("hidden", "heads", "ffn", "layers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": text}
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PruneArguments:
+    """Options of `llm-vtrans prune`; a YAML recipe has the same names."""
+
+    config: str | None = _option(None, "YAML recipe with these fields; flags win over it.")
+    model: str = _option(
+        "embedded", "Local checkpoint folder, hub id, or `embedded` (the tiny model shipped here)."
+    )
+    revision: str | None = _option(None, "Revision of a hub model; its token comes from HF_TOKEN.")
+    data: str | None = _option(
+        None,
+        "Calibration text: wikitext2, c4, ptb, embedded, a hub dataset, or a .txt, .jsonl or "
+        ".parquet file or folder. Default: embedded for the embedded model, else wikitext2.",
+    )
+    data_config: str | None = _option(None, "Configuration of a hub dataset.")
+    data_split: str | None = _option(None, "Split of a hub dataset.")
+    text_field: str | None = _option(None, "Column that holds the text.")
+    sparsity: float | None = _option(
+        None, "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless --params is given."
+    )
+    params: str | None = _option(None, "Parameters to keep at most, such as 3.4B or 4200000.")
+    samples: int = _option(2400, "Calibration sequences to train on.")
+    seq_len: int | None = _option(
+        None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
+    )
+    batch_size: int = _option(8, "Sequences per rank and micro-batch.")
+    gradient_accumulation: int = _option(1, "Micro-batches per optimizer step.")
+    seed: int = _option(0, "Seed of masks, noise and data order.")
+    learning_rate: float = _option(0.1, "Learning rate of the masks, decaying linearly to zero.")
+    kl_weight: float = _option(1e-6, "Weight of the masks' KL terms.")
+    round_to: int | None = _option(
+        None, "Multiple that pruned dimensions are rounded to. Default 1 on CPU, 64 on GPU."
+    )
+    layout: str = _option(
+        "stock",
+        "stock: one shape for all layers, loads in plain transformers. per-layer: every layer "
+        "its own shape, the checkpoint carries a small loader.",
+        ("stock", "per-layer"),
+    )
+    prune: str = _option(",".join(STRUCTURES), "Structures to prune, separated by commas.")
+    rotate: str = _option(
+        "auto",
+        "Global rotation of the residual stream before masks are trained. auto: pca where the "
+        "family allows it without untying the output head, else none.",
+        ("auto", "pca", "none"),
+    )
+    dtype: str = _option(
+        "auto", "Dtype to compute in. auto: float32 on CPU, bfloat16 on GPU.", DTYPES
+    )
+    export_dtype: str = _option("auto", "Dtype to write. auto: the dense checkpoint's.", DTYPES)
+    output: str | None = _option(None, "Folder of the result. Default runs/MODEL-BUDGET.")
+    overwrite: bool = _option(False, "Replace an earlier result in --output.")
+    shard_size: str = _option("5GB", "Largest shard of the pruned checkpoint.")
+    save_every: int = _option(50, "Steps between two saved training states.")
+    log_every: int = _option(10, "Steps between two lines of metrics.jsonl.")
+    resume: bool = _option(False, "Continue the unfinished run in --output, if there is one.")
+    dry_run: bool = _option(False, "Check everything and print the plan, train nothing.")
+
+    def __post_init__(self) -> None:
+        """Checks each value and fills the defaults that depend on others."""
+        if self.data is None:
+            self.data = "embedded" if self.model == "embedded" else "wikitext2"
+        if self.sparsity is not None and self.params is not None:
+            raise UserError("--sparsity and --params exclude each other: give one of them")
+        if self.sparsity is None and self.params is None:
+            self.sparsity = 0.5
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise UserError(
+                f"--sparsity must be in (0, 1), got {self.sparsity}: it is the share of all "
+                "parameters that is removed, so 0.3 keeps 70%"
+            )
+        for name in ("samples", "batch_size", "gradient_accumulation", "save_every", "log_every"):
+            self._at_least(name, 1)
+        if self.seq_len is not None:
+            self._at_least("seq_len", 2)
+        if self.round_to is not None:
+            self._at_least("round_to", 1)
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.kl_weight < float("inf"):
+            raise UserError(f"--kl-weight must not be negative, got {self.kl_weight}")
+        if self.samples < self.global_batch(1):
+            raise UserError(
+                f"--samples {self.samples} does not fill one step of --batch-size "
+                f"{self.batch_size} x --gradient-accumulation {self.gradient_accumulation}"
+            )
+        self.structures()
+        self.shard_bytes()
+        self.num_params()
+
+    def _at_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
+
+    def global_batch(self, num_ranks: int) -> int:
+        """Sequences per optimizer step over all ranks."""
+        return self.batch_size * self.gradient_accumulation * num_ranks
+
+    def structures(self) -> tuple[str, ...]:
+        """The structures to prune, in canonical order."""
+        names = [name.strip() for name in self.prune.split(",") if name.strip()]
+        unknown = [name for name in names if name not in STRUCTURES]
+        if unknown or not names:
+            raise UserError(
+                f"--prune {self.prune!r}: expected names out of {', '.join(STRUCTURES)}"
+            )
+        return tuple(name for name in STRUCTURES if name in names)
+
+    def shard_bytes(self) -> int:
+        """Largest shard in bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", self.shard_size.strip().upper())
+        if match is None or match[2] not in SIZES or not float(match[1]):
+            raise UserError(f"--shard-size {self.shard_size!r}: expected a size such as 5GB")
+        return int(float(match[1]) * SIZES[match[2]])
+
+    def num_params(self) -> int | None:
+        """The absolute budget of --params, or None."""
+        if self.params is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", str(self.params).strip().upper())
+        if match is None or not float(match[1]):
+            raise UserError(f"--params {self.params!r}: expected a number such as 3.4B or 4200000")
+        return int(float(match[1]) * SUFFIXES[match[2]])
+
+    def output_folder(self) -> Path:
+        """Where the result goes."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        budget = self.params or f"{self.sparsity:g}"
+        return Path("runs") / f"{Path(self.model).name}-{budget}"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(arguments: Sequence[str]) -> PruneArguments:
+    """Reads recipe and flags.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: an unknown flag or key, or a bad value.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    recipe = finder.parse_known_args(arguments)[0].config
+    parser = _Parser(PruneArguments, prog="llm-vtrans prune", allow_abbrev=False)
+    flags = [*_recipe_flags(Path(recipe)), *arguments] if recipe else list(arguments)
+    (parsed,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    assert isinstance(parsed, PruneArguments)
+    return parsed
+
+
+def _recipe_flags(path: Path) -> list[str]:
+    """A recipe's fields as flags, put before the user's own so that those win."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path}: expected a mapping of option names to values")
+    known = {f.name for f in fields(PruneArguments)} - {"config"}
+    flags = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}; known are {sorted(known)}")
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if value is not None:
+            flags += [f"--{name}", str(value)]
+    return flags

@@ -1,0 +1,207 @@
+"""Exact and expected cost of a pruned model, and the Lagrangian that drives one to the other.
+
+Costs are polynomials in the numbers of kept units, read off the family's tensor
+table once; the same polynomial counts a finished shape in integers and gives the
+differentiable expectation during training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
+
+Monomials = Mapping[frozenset[Axis], int]  # axes multiplied together -> coefficient
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A count that is a sum of products of kept units.
+
+    Attributes:
+        outer: terms outside the layers.
+        parts: terms of one sub-layer, the same in each layer that keeps it.
+    """
+
+    outer: Monomials
+    parts: Mapping[Sublayer, Monomials]
+
+    def outside(self, hidden: Any) -> Any:
+        """Cost outside the layers for `hidden` kept dimensions (number or tensor)."""
+        return _evaluate(self.outer, {Axis.HIDDEN: hidden})
+
+    def part(self, sublayer: Sublayer, hidden: Any, units: Any) -> Any:
+        """Cost of one sub-layer with `units` kept heads or FFN units (number or tensor)."""
+        return _evaluate(self.parts[sublayer], {Axis.HIDDEN: hidden, UNIT_AXIS[sublayer]: units})
+
+    def of(self, shape: Shape) -> int:
+        """Exact cost of a finished shape; a sub-layer without units is gone and costs nothing."""
+        layers = sum(
+            int(self.part(part, shape.hidden, units))
+            for part in Sublayer
+            for units in shape.units(part)
+            if units
+        )
+        return int(self.outside(shape.hidden)) + layers
+
+    def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Expected cost under independent probabilities to keep, differentiable, shape `()`.
+
+        Args:
+            keep: probabilities `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 2)`.
+        """
+        hidden = keep[Axis.HIDDEN].sum()
+        total = self.outside(hidden)
+        for index, part in enumerate(Sublayer):
+            units = keep[UNIT_AXIS[part]].sum(dim=1)
+            total = total + (keep["layers"][:, index] * self.part(part, hidden, units)).sum()
+        return total
+
+
+def _evaluate(terms: Monomials, counts: Mapping[Axis, Any]) -> Any:
+    total: Any = 0
+    for axes, coefficient in terms.items():
+        term: Any = coefficient
+        for axis in axes:
+            term = term * counts[axis]
+        total = total + term
+    return total
+
+
+def _monomial(architecture: Architecture, dims: tuple[Any, ...]) -> tuple[frozenset[Axis], int]:
+    axes = frozenset(dim.axis for dim in dims if dim.axis is not None)
+    sizes = (dim.size if dim.axis is None else architecture.units_per(dim) for dim in dims)
+    return axes, prod(sizes)
+
+
+def parameter_cost(architecture: Architecture) -> Cost:
+    """Number of parameters, embeddings and output head included, tied weights once."""
+    outer: Counter[frozenset[Axis]] = Counter()
+    parts: dict[Sublayer, Counter[frozenset[Axis]]] = {part: Counter() for part in Sublayer}
+    for spec in architecture.tensors:
+        axes, coefficient = _monomial(architecture, spec.dims)
+        (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient
+    return Cost(outer, parts)
+
+
+def mac_cost(architecture: Architecture, seq_len: int) -> Cost:
+    """Multiply-accumulates of one forward pass over one sequence of `seq_len` tokens.
+
+    Every matrix product counts, the output head at every position and both attention
+    products over the full `seq_len x seq_len` square included; element-wise work does not.
+    """
+    outer: Counter[frozenset[Axis]] = Counter()
+    parts: dict[Sublayer, Counter[frozenset[Axis]]] = {part: Counter() for part in Sublayer}
+    for spec in architecture.tensors:
+        is_tied_head = spec.is_lookup and architecture.tied_head is not None
+        if len(spec.dims) != 2 or (spec.is_lookup and not is_tied_head):
+            continue
+        axes, coefficient = _monomial(architecture, spec.dims)
+        (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient * seq_len
+        if spec.sublayer is Sublayer.ATTENTION and spec.stream is Stream.WRITES:
+            heads = next(dim for dim in spec.dims if dim.axis is Axis.HEADS)
+            width = architecture.units_per(heads)
+            parts[Sublayer.ATTENTION][frozenset({Axis.HEADS})] += 2 * seq_len**2 * width
+    return Cost(outer, parts)
+
+
+def dense_shape(architecture: Architecture) -> Shape:
+    """The shape with every unit kept."""
+    units, layers = architecture.num_units, architecture.num_layers
+    return Shape(units[Axis.HIDDEN], (units[Axis.HEADS],) * layers, (units[Axis.FFN],) * layers)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost at most.
+
+    Attributes:
+        kind: `params`.
+        target: largest allowed cost.
+        dense: cost of the dense model.
+    """
+
+    kind: str
+    target: int
+    dense: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the dense cost that must go."""
+        return 1 - self.target / self.dense
+
+
+class Lagrangian(nn.Module):
+    """Multipliers of equality constraints: `lambda_1 r + lambda_2 r^2` per residual (CoFi).
+
+    The multipliers ascend their gradient, so the optimizer must maximise over them.
+
+    Args:
+        num_constraints: length of the residual vector.
+    """
+
+    def __init__(self, num_constraints: int):
+        super().__init__()
+        self.linear = nn.Parameter(torch.zeros(num_constraints))
+        self.quadratic = nn.Parameter(torch.zeros(num_constraints))
+
+    def forward(self, residuals: Tensor) -> Tensor:
+        """Penalty, shape `()`, for residuals `(num_constraints,)`."""
+        return (self.linear * residuals + self.quadratic * residuals.square()).sum()
+
+
+def complete(keep: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Fills structures without masks with ones and broadcasts `layers` to `(L, 2)`.
+
+    A `layers` mask of shape `(L, 1)` (the stock layout, where a layer goes as a whole)
+    serves both sub-layers.
+    """
+    num_layers, units = architecture.num_layers, architecture.num_units
+    shapes = {
+        Axis.HIDDEN.value: (units[Axis.HIDDEN],),
+        Axis.HEADS.value: (num_layers, units[Axis.HEADS]),
+        Axis.FFN.value: (num_layers, units[Axis.FFN]),
+        "layers": (num_layers, 2),
+    }
+    some = next(iter(keep.values()))
+    return {
+        name: keep[name].expand(shape) if name in keep else some.new_ones(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def residuals(
+    keep: Mapping[str, Tensor],
+    architecture: Architecture,
+    cost: Cost,
+    budget: Budget,
+    target: float,
+    is_uniform: bool,
+) -> Tensor:
+    """Constraint residuals: expected sparsity minus target, then what uniformity demands.
+
+    Args:
+        keep: probabilities of the structures that have masks.
+        architecture: of the dense model.
+        cost: what the budget counts.
+        budget: gives the dense cost.
+        target: sparsity aimed at in this step.
+        is_uniform: add, per layer, the deviation of its unit count from the mean over layers
+            (the stock layout knows one count for all), as a share of the units.
+
+    Returns:
+        `(1,)`, or `(1 + 2 * num_layers,)` with uniformity; the first entry is `s - t`.
+    """
+    full = complete(keep, architecture)
+    gap = (1 - cost.expected(full) / budget.dense) - target
+    if not is_uniform:
+        return gap.reshape(1)
+    shares = [full[axis].mean(dim=1) for axis in (Axis.HEADS, Axis.FFN)]
+    return torch.cat([gap.reshape(1), *(share - share.mean() for share in shares)])

@@ -1,0 +1,41 @@
+"""The console script `llm-vtrans`: one subcommand per thing a user does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from llm_vtrans import __version__
+from llm_vtrans.command import USER_ERROR, run_command
+
+
+def _prune(arguments: list[str]) -> None:
+    from llm_vtrans.prune import prune
+
+    prune(arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
+}
+
+
+def main() -> int:
+    """Runs the subcommand that the first argument names."""
+    arguments = sys.argv[1:]
+    if arguments in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+        print("usage: llm-vtrans COMMAND [OPTIONS]\n\n" + "\n".join(lines))
+        return 0 if arguments else USER_ERROR
+    if arguments[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: unknown command {arguments[0]!r}; known are {known}", file=sys.stderr)
+        return USER_ERROR
+    return run_command(COMMANDS[arguments[0]][0], arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""How every command ends: a result, or one line and a non-zero status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from llm_vtrans.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Runs a command and turns its failure into an exit status.
+
+    Args:
+        command: takes the arguments after its name.
+        arguments: those arguments.
+
+    Returns:
+        0; 2 for a `UserError` or a full or read-only disk, told in one line; 130 if interrupted.
+    """
+    try:
+        command(arguments)
+    except UserError as error:
+        return _tell(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        return _tell(f"{error.filename or 'output'}: {error.strerror}; free space or permissions")
+    except KeyboardInterrupt:
+        _tell("interrupted; --resume continues from the last saved state")
+        return INTERRUPTED
+    return 0
+
+
+def _tell(message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return USER_ERROR

@@ -1,0 +1,199 @@
+"""LLaMA-like decoders, with and without grouped-query attention: llama, mistral, qwen2, qwen3.
+
+Pre-norm with RMSNorm, rotary positions, gated FFN. Query heads lie KV-major (the
+heads of group 0 first), so a key/value group is one block of consecutive rows in
+each of q, k and v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_vtrans.errors import UserError
+from llm_vtrans.families.base import (
+    Architecture,
+    Axis,
+    Dim,
+    Family,
+    Shape,
+    Stream,
+    Sublayer,
+    TensorSpec,
+    register,
+)
+
+ATTENTION_NORM = "model.layers.{}.input_layernorm.weight"
+FFN_NORM = "model.layers.{}.post_attention_layernorm.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+# The released per-layer loader (llm_vtrans/per_layer_modeling.py) travels under this name.
+PER_LAYER_MODULE = "per_layer_modeling"
+CLASS_PREFIX = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def _head_dim(config: Any) -> int:
+    explicit = getattr(config, "head_dim", None)
+    return explicit or config.hidden_size // config.num_attention_heads
+
+
+def _describe(config: Any) -> Architecture:
+    head_dim = _head_dim(config)
+    num_groups = config.num_key_value_heads or config.num_attention_heads
+    if config.num_attention_heads % num_groups:
+        raise UserError(
+            f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+            f"num_key_value_heads ({num_groups}): config.json is damaged"
+        )
+    hidden = Dim(config.hidden_size, Axis.HIDDEN)
+    query = Dim(config.num_attention_heads * head_dim, Axis.HEADS)
+    key = Dim(num_groups * head_dim, Axis.HEADS)
+    ffn = Dim(config.intermediate_size, Axis.FFN)
+    vocab, in_head = Dim(config.vocab_size), Dim(head_dim)
+    tied = bool(config.tie_word_embeddings)
+    return Architecture(
+        num_layers=config.num_hidden_layers,
+        num_units={
+            Axis.HIDDEN: config.hidden_size,
+            Axis.HEADS: num_groups,
+            Axis.FFN: config.intermediate_size,
+        },
+        tensors=(
+            TensorSpec("model.embed_tokens.weight", (vocab, hidden), Stream.WRITES, is_lookup=True),
+            *_attention(config, hidden, query, key, in_head),
+            *_ffn(config, hidden, ffn),
+            TensorSpec(FINAL_NORM, (hidden,), Stream.SCALES),
+            *(() if tied else (TensorSpec(HEAD, (vocab, hidden), Stream.READS, norm=FINAL_NORM),)),
+        ),
+        final_norm=FINAL_NORM,
+        tied_head=HEAD if tied else None,
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _attention(
+    config: Any, hidden: Dim, query: Dim, key: Dim, in_head: Dim
+) -> tuple[TensorSpec, ...]:
+    prefix = "model.layers.{}.self_attn."
+    input_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+    output_bias = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
+    part = Sublayer.ATTENTION
+    rows = [TensorSpec(ATTENTION_NORM, (hidden,), Stream.SCALES, part)]
+    for name, width in (("q", query), ("k", key), ("v", key)):
+        stem = f"{prefix}{name}_proj"
+        rows.append(
+            TensorSpec(f"{stem}.weight", (width, hidden), Stream.READS, part, ATTENTION_NORM)
+        )
+        if input_bias:
+            rows.append(TensorSpec(f"{stem}.bias", (width,), sublayer=part))
+    if config.model_type == "qwen3":
+        rows += [
+            TensorSpec(f"{prefix}{n}_norm.weight", (in_head,), sublayer=part) for n in ("q", "k")
+        ]
+    rows.append(TensorSpec(f"{prefix}o_proj.weight", (hidden, query), Stream.WRITES, part))
+    if output_bias:
+        rows.append(TensorSpec(f"{prefix}o_proj.bias", (hidden,), Stream.WRITES, part))
+    return tuple(rows)
+
+
+def _ffn(config: Any, hidden: Dim, ffn: Dim) -> tuple[TensorSpec, ...]:
+    prefix = "model.layers.{}.mlp."
+    bias = getattr(config, "mlp_bias", False)
+    part = Sublayer.FFN
+    rows = [TensorSpec(FFN_NORM, (hidden,), Stream.SCALES, part)]
+    for name in ("gate", "up"):
+        stem = f"{prefix}{name}_proj"
+        rows.append(TensorSpec(f"{stem}.weight", (ffn, hidden), Stream.READS, part, FFN_NORM))
+        if bias:
+            rows.append(TensorSpec(f"{stem}.bias", (ffn,), sublayer=part))
+    rows.append(TensorSpec(f"{prefix}down_proj.weight", (hidden, ffn), Stream.WRITES, part))
+    if bias:
+        rows.append(TensorSpec(f"{prefix}down_proj.bias", (hidden,), Stream.WRITES, part))
+    return tuple(rows)
+
+
+def _group_size(config: dict[str, Any]) -> int:
+    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(config["num_attention_heads"] // groups)
+
+
+def _base_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Fields both layouts share: widths and what is listed per layer."""
+    new = dict(config)
+    new["head_dim"] = config.get("head_dim") or (
+        config["hidden_size"] // config["num_attention_heads"]
+    )
+    new["hidden_size"] = shape.hidden
+    new["num_hidden_layers"] = len(shape.kept_layers)
+    if config.get("layer_types"):
+        new["layer_types"] = [config["layer_types"][i] for i in shape.kept_layers]
+    return new
+
+
+def _stock_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    new = _base_config(config, shape)
+    layer = shape.kept_layers[0]
+    new["num_key_value_heads"] = shape.heads[layer]
+    new["num_attention_heads"] = shape.heads[layer] * _group_size(config)
+    new["intermediate_size"] = shape.ffn[layer]
+    if new["model_type"] == "llama" and new["hidden_size"] % new["num_attention_heads"]:
+        return _as_mistral(new)
+    return new
+
+
+def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
+    """A llama whose widths LlamaConfig refuses, written as mistral: the same function.
+
+    LlamaConfig demands `hidden_size % num_attention_heads == 0` although `head_dim` is
+    explicit; MistralConfig does not, and without a sliding window it computes the same.
+    """
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise UserError(
+            f"hidden_size {config['hidden_size']} is not a multiple of "
+            f"{config['num_attention_heads']} heads and a llama with biases cannot be written as "
+            "mistral: use --layout per-layer, or --round-to with a multiple that fits"
+        )
+    dropped = ("attention_bias", "mlp_bias", "pretraining_tp")
+    new = {key: value for key, value in config.items() if key not in dropped}
+    return new | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
+
+
+def _per_layer_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    new = _base_config(config, shape)
+    group = _group_size(config)
+    # The global values are never used by a layer; they are what a reader of the file expects.
+    new["num_key_value_heads"] = max(shape.heads)
+    new["num_attention_heads"] = max(shape.heads) * group
+    new["intermediate_size"] = max(max(shape.ffn), 1)
+    new["per_layer_config"] = {
+        str(position): {
+            "num_attention_heads": shape.heads[layer] * group,
+            "num_key_value_heads": shape.heads[layer],
+            "intermediate_size": shape.ffn[layer],
+            "skip": [part.value for part in Sublayer if not shape.units(part)[layer]],
+        }
+        for position, layer in enumerate(shape.kept_layers)
+    }
+    prefix = CLASS_PREFIX[config["model_type"]]
+    new["model_type"] = f"per_layer_{config['model_type']}"
+    new["architectures"] = [f"PerLayer{prefix}ForCausalLM"]
+    new["auto_map"] = {
+        "AutoConfig": f"{PER_LAYER_MODULE}.PerLayer{prefix}Config",
+        "AutoModelForCausalLM": f"{PER_LAYER_MODULE}.PerLayer{prefix}ForCausalLM",
+    }
+    return new
+
+
+GQA_DECODER = register(
+    Family(
+        model_types=tuple(CLASS_PREFIX),
+        describe=_describe,
+        stock_config=_stock_config,
+        per_layer_config=_per_layer_config,
+        rotates=True,
+        ignored=(".self_attn.rotary_emb.inv_freq",),
+    )
+)

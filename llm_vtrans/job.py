@@ -1,0 +1,448 @@
+"""One pruning run: the stages in order, each leaving what the next one needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.budget import Budget, Cost, dense_shape, mac_cost, parameter_cost
+from llm_vtrans.calibration import Calibration, TextSource, calibrate
+from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.errors import UserError
+from llm_vtrans.export import Pruning, export_model, plan_tensors
+from llm_vtrans.families import Architecture
+from llm_vtrans.loading import Source, load_model, load_tokenizer, open_source, untie_head
+from llm_vtrans.manifest import (
+    CARD_FILE,
+    dtype_name,
+    kept_units,
+    model_card,
+    write_manifest,
+    write_masks,
+)
+from llm_vtrans.masks import VIBMasks
+from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.reporting import (
+    METRICS_FILE,
+    Reporter,
+    command_line,
+    table,
+    truncate_metrics,
+    versions,
+)
+from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
+from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
+from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.training import (
+    INITIAL_LOG_VAR,
+    MaskObjective,
+    TrainingSettings,
+    complete_layers,
+    initial_shapes,
+    make_optimizer,
+    train,
+)
+
+STATE_FOLDER = STATE_FILE.split("/")[0]
+ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
+MAX_SEQ_LEN = 512
+
+
+@dataclass
+class Job:
+    """A run between its stages; `prepare` makes it, the other methods are called in order.
+
+    Attributes:
+        args: checked options.
+        accelerator: ranks and device.
+        reporter: what the run tells.
+        source: the dense checkpoint.
+        architecture: its table, after rotation if there is one.
+        problem: budget, rounding and layout.
+        settings: of the training loop.
+        data: calibration windows.
+        output: the result's folder.
+    """
+
+    args: PruneArguments
+    accelerator: Accelerator
+    reporter: Reporter
+    source: Source
+    architecture: Architecture
+    problem: Problem
+    settings: TrainingSettings
+    data: Calibration
+    output: OutputFolder
+    perplexity: dict[str, float] = field(default_factory=dict)
+    basis: Tensor | None = None
+
+    # Filled by `load` and `allocate`.
+    masked: MaskedModel = field(init=False)
+    objective: MaskObjective = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    plan: PrunePlan = field(init=False)
+    first_step: int = 0
+
+    @classmethod
+    def prepare(cls, args: PruneArguments) -> Job:
+        """Checks everything that can be checked without loading weights.
+
+        Raises:
+            UserError: model, data, budget or output folder cannot be used.
+        """
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+        set_seed(args.seed)
+        reporter = Reporter(accelerator.is_main_process)
+        output = OutputFolder(
+            args.output_folder(), args.overwrite or args.resume, (STATE_FOLDER, METRICS_FILE)
+        )
+        with accelerator.main_process_first():
+            output.check()
+        source = open_source(args.model, args.revision)
+        problem = _problem(args, source, accelerator.device)
+        check_reachable(problem, frozenset(args.structures()))
+        output.require_space(2 * source.checkpoint.num_bytes)
+        seq_len = _seq_len(args, source)
+        with reporter.phase("calibration"):
+            data = _calibration(args, source, seq_len)
+        settings = _training_settings(args, accelerator.num_processes)
+        reporter.num_steps = settings.num_steps
+        return cls(
+            args, accelerator, reporter, source, problem.architecture, problem, settings, data,
+            output,
+        )  # fmt: skip
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a calibration window; MACs are stated for this length."""
+        return int(self.data.train.shape[1])
+
+    @property
+    def uses_rotation(self) -> bool:
+        """Whether the residual stream is rotated before masks are trained."""
+        return _rotates(self.args, self.source)
+
+    @cached_property
+    def macs(self) -> Cost:
+        """Multiply-accumulates for one sequence."""
+        return mac_cost(self.architecture, self.seq_len)
+
+    def show_plan(self) -> None:
+        """Prints what is going to happen."""
+        budget, args = self.problem.budget, self.args
+        self.reporter.say(
+            f"{args.model}: {self.source.config.model_type}, {budget.dense:,} parameters, "
+            f"to at most {budget.target:,} ({100 * budget.sparsity:.1f}% less)\n"
+            f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
+            f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
+            f"{self.problem.round_to}\n"
+            f"{self.settings.num_steps} steps of {args.global_batch(self._num_ranks)} x "
+            f"{self.seq_len} tokens of {args.data} on {self._num_ranks} rank(s), "
+            f"{self.accelerator.device.type}, {dtype_name(self._dtype)}\n"
+            f"result in {args.output_folder()}"
+        )
+
+    @property
+    def _num_ranks(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        if self.args.dtype != "auto":
+            return getattr(torch, self.args.dtype)  # type: ignore[no-any-return]
+        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+
+    def load(self) -> None:
+        """Loads and rotates the model, builds the masks, restores an unfinished run."""
+        saved = self._saved_state()
+        with self.reporter.phase("load"):
+            model = load_model(self.source, self._dtype, self.accelerator.device)
+        self.perplexity["dense"] = self._heldout(model)
+        if self.uses_rotation:
+            with self.reporter.phase("rotate"):
+                self._rotate(model, None if saved is None else extra_tensors(saved[1])["rotation"])
+        self.masked = MaskedModel(model, self.architecture)
+        shapes = initial_shapes(
+            self.architecture, self.args.structures(), self.problem.is_uniform
+        )
+        masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(self.accelerator.device)
+        self.objective = MaskObjective(
+            self.masked, masks, self.problem.cost, self.problem.budget, self.settings
+        ).to(self.accelerator.device)
+        self.optimizer = make_optimizer(self.objective, self.args.learning_rate)
+        if saved is not None:
+            self.first_step, tensors = saved
+            restore(tensors, self.objective, self.optimizer)
+            self.reporter.say(f"resumed after step {self.first_step}")
+
+    def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
+        if self.source.architecture.tied_head is not None:
+            untie_head(model)
+        if basis is None:
+            windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
+            batches = list(windows.split(self.args.batch_size))
+            basis = principal_basis(model, self.architecture, batches, lambda b: model(b))
+        self.basis = basis
+        rotate_model(model, self.architecture, basis)
+
+    def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The unfinished run in the output folder, if it is to be continued."""
+        folder = self.output.path
+        exists = (folder / STATE_FILE).is_file()
+        if exists and not (self.args.resume or self.args.overwrite):
+            raise UserError(
+                f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew"
+            )
+        if self.args.resume:
+            saved = read_state(folder, self._fingerprint)
+            if saved is not None:
+                if self.accelerator.is_main_process:
+                    truncate_metrics(folder, saved[0])
+                return saved
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE_FILE).unlink(missing_ok=True)
+            (folder / METRICS_FILE).unlink(missing_ok=True)
+        return None
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """Settings that a resumed run must share; ranks may differ if the global batch does not."""
+        free = {"config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every",
+                "shard_size", "export_dtype", "batch_size", "gradient_accumulation"}  # fmt: skip
+        settings = {k: v for k, v in asdict(self.args).items() if k not in free}
+        return {
+            **settings,
+            "global_batch": self.args.global_batch(self._num_ranks),
+            "checkpoint": self.source.checkpoint.sha256(),
+        }
+
+    def train(self) -> None:
+        """Trains the masks from `first_step` to the end."""
+        extra = {} if self.basis is None else {"rotation": self.basis}
+
+        def save(step: int) -> None:
+            if self.accelerator.is_main_process:
+                save_state(
+                    self.output.path, step, self.objective, self.optimizer, extra,
+                    self._fingerprint,
+                )  # fmt: skip
+
+        with self.reporter.phase("train"):
+            train(
+                self.objective,
+                self.optimizer,
+                self.data.train,
+                self.accelerator,
+                self.settings,
+                self.first_step,
+                lambda progress: self.reporter.progress(self.output.path, progress),
+                save,
+            )
+        save(self.settings.num_steps)
+
+    def allocate(self) -> None:
+        """Picks the kept units and measures the hard-masked model, in both layouts."""
+        masks = self.objective.masks
+        with self.reporter.phase("allocate"):
+            self.plan = allocate(masks, self.problem)
+            other = Problem(
+                **{**vars(self.problem), "is_uniform": not self.problem.is_uniform}
+            )
+            self.perplexity["masked"] = self._masked_perplexity(self.plan)
+            try:
+                self.perplexity["other_layout"] = self._masked_perplexity(allocate(masks, other))
+            except UserError:
+                pass  # the other layout has no shape within the budget
+
+    def _masked_perplexity(self, plan: PrunePlan) -> float:
+        device = self.accelerator.device
+        hard = {name: gate.to(device) for name, gate in plan.hard().items()}
+        self.masked.set_gates(complete_layers(hard, self.architecture))
+        perplexity = self._heldout(self.masked.model)
+        self.masked.set_gates(None)
+        return perplexity
+
+    def _heldout(self, model: Any) -> float:
+        return token_perplexity(model, self.data.heldout, self.args.batch_size).value
+
+    def export(self) -> None:
+        """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
+        if self.accelerator.is_main_process:
+            with self.output as folder:
+                self._write(folder)
+            state = self.output.path / STATE_FILE
+            state.unlink(missing_ok=True)
+            state.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path) -> None:
+        args = self.args
+        dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
+        pruning = Pruning(
+            self.source.checkpoint, self.architecture, self.plan, self.basis, dtype
+        )
+        with self.reporter.phase("export"):
+            hashes = export_model(
+                pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
+                args.shard_bytes(),
+            )  # fmt: skip
+            context = {"arguments": json.dumps(asdict(args)), "architecture": args.layout}
+            write_masks(
+                folder, self.objective.masks, plan_tensors(self.plan, self.basis), context
+            )
+        with self.reporter.phase("score"):
+            pruned = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=self._dtype, trust_remote_code=False
+            ).to(self.accelerator.device)
+            self.perplexity["pruned"] = self._heldout(pruned)
+        manifest = self._manifest(folder, hashes)
+        write_manifest(folder, manifest)
+        (folder / CARD_FILE).write_text(model_card(manifest, self._figures(manifest)))
+        self.summary = self._figures(manifest)
+
+    def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
+        shape, budget = self.plan.shape, self.problem.budget
+        written = Checkpoint.open(folder)
+        num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
+        num_params = self.problem.cost.of(shape)
+        assert num_written == num_params, (num_written, num_params)
+        dense_macs = mac_cost(self.source.architecture, self.seq_len)
+        return {
+            "method": "faster-vtrans",
+            "source": {
+                "name": self.args.model,
+                "revision": self.args.revision,
+                "sha256": self.source.checkpoint.sha256(),
+            },
+            "params": {"before": budget.dense, "after": num_params},
+            "macs": {
+                "before": dense_macs.of(dense_shape(self.source.architecture)),
+                "after": self.macs.of(shape),
+                "seq_len": self.seq_len,
+            },
+            "bytes": {"before": self.source.checkpoint.num_bytes, "after": written.num_bytes},
+            "budget": {
+                "kind": budget.kind, "dense": budget.dense, "target": budget.target,
+                "achieved": num_params,
+            },
+            "kept": kept_units(shape),
+            "layout": self.args.layout,
+            "rotation": "pca" if self.basis is not None else "none",
+            "perplexity": {
+                **self.perplexity,
+                "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "
+                f"of {self.seq_len} tokens held out from {self.args.data}",
+            },
+            "settings": {**asdict(self.args), "steps": self.settings.num_steps},
+            "command": command_line(),
+            "phases": self.reporter.record(),
+            "versions": versions(),
+            "sha256": hashes,
+        }  # fmt: skip
+
+    def _figures(self, manifest: dict[str, Any]) -> str:
+        def row(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
+            return name, text.format(before), text.format(after), f"{after / before:.3f}"
+
+        size, macs = manifest["bytes"], manifest["macs"]
+        params, perplexity = manifest["params"], manifest["perplexity"]
+        return table(
+            [
+                ("", "dense", "pruned", "ratio"),
+                row("parameters", params["before"], params["after"], "{:,}"),
+                row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
+                row("perplexity", perplexity["dense"], perplexity["pruned"], "{:.3f}"),
+                row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
+            ]
+        )
+
+    def summarise(self) -> None:
+        """Prints the table of dense against pruned and where the result lies."""
+        if self.accelerator.is_main_process:
+            self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
+        self.accelerator.end_training()
+
+
+def _rotates(args: PruneArguments, source: Source) -> bool:
+    if args.rotate == "pca" and not source.family.rotates:
+        raise UserError(f"--rotate pca: {source.config.model_type} does not allow a rotation")
+    fits = source.family.rotates and source.architecture.tied_head is None
+    is_wanted = args.rotate == "pca" or (args.rotate == "auto" and fits)
+    return is_wanted and "hidden" in args.structures()
+
+
+def _problem(args: PruneArguments, source: Source, device: torch.device) -> Problem:
+    dense = parameter_cost(source.architecture).of(dense_shape(source.architecture))
+    target = args.num_params() or int((1 - (args.sparsity or 0.0)) * dense)
+    if not 0 < target < dense:
+        raise UserError(
+            f"--params {args.params}: the model has {dense:,} parameters, give a smaller number"
+        )
+    architecture = source.architecture
+    if _rotates(args, source):
+        architecture = rotated_architecture(architecture)
+    return Problem(
+        architecture,
+        parameter_cost(architecture),
+        Budget("params", target, dense),
+        args.round_to or (64 if device.type == "cuda" else 1),
+        args.layout == "stock",
+    )
+
+
+def _seq_len(args: PruneArguments, source: Source) -> int:
+    longest = source.architecture.max_positions
+    if args.seq_len is not None and args.seq_len > longest:
+        raise UserError(
+            f"--seq-len {args.seq_len} is longer than the model's context of {longest} tokens"
+        )
+    return args.seq_len or min(MAX_SEQ_LEN, longest)
+
+
+def _calibration(args: PruneArguments, source: Source, seq_len: int) -> Calibration:
+    assert args.data is not None
+    text = TextSource(args.data, args.data_config, args.data_split, args.text_field)
+    data = calibrate(text, load_tokenizer(source), args.samples, seq_len, args.seed)
+    largest = max(int(data.train.max()), int(data.heldout.max()))
+    if largest >= source.config.vocab_size:
+        raise UserError(
+            f"{args.model}: the tokenizer gives token {largest}, the model knows "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    return data
+
+
+def _training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
+    batch = args.global_batch(num_ranks)
+    if args.samples < batch:
+        raise UserError(
+            f"--samples {args.samples} does not fill one step of {batch} sequences on "
+            f"{num_ranks} ranks: lower --batch-size"
+        )
+    return TrainingSettings(
+        num_steps=args.samples // batch,
+        batch_size=args.batch_size,
+        gradient_accumulation=args.gradient_accumulation,
+        learning_rate=args.learning_rate,
+        kl_weight=args.kl_weight,
+        seed=args.seed,
+        log_every=args.log_every,
+        save_every=args.save_every,
+        is_uniform=args.layout == "stock",
+    )

@@ -1,0 +1,162 @@
+"""LOAD: checkpoint folder -> frozen model, one tensor at a time from its shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.errors import UserError
+from llm_vtrans.families import Architecture, Family, family_for
+
+EMBEDDED = "embedded"
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint that was checked against its family's tensor table.
+
+    Attributes:
+        name: as the user gave it.
+        checkpoint: its shards.
+        config: parsed by `transformers`.
+        family: its adapter.
+        architecture: its tensor table.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    config: Any
+    family: Family
+    architecture: Architecture
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Finds a model and checks config and shard headers, reading no weights.
+
+    Args:
+        name: `embedded`, a local folder, or a hub id (the token comes from the environment).
+        revision: of a hub model.
+
+    Raises:
+        UserError: not found, damaged, or of a family that is not supported.
+    """
+    checkpoint = Checkpoint.open(_local_folder(name, revision))
+    family = family_for(str(checkpoint.config.get("model_type")))
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+    except Exception as error:  # config validation raises many types; all are the file's fault
+        raise UserError(f"{checkpoint.folder / 'config.json'}: {_one_line(error)}") from error
+    architecture = family.describe(config)
+    _check_tensors(checkpoint, architecture, family)
+    return Source(name, checkpoint, config, family, architecture)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    if name == EMBEDDED:
+        return EMBEDDED_MODEL
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # offline, gated, missing: the hub's own words say which
+        raise UserError(
+            f"--model {name}: neither a local folder nor to be had from the hub "
+            f"({_one_line(error)[:200]}); for gated models set HF_TOKEN"
+        ) from error
+
+
+def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: Family) -> None:
+    """Every row of the table must be in the files with its size, and nothing else."""
+    expected = {
+        name: spec.shape for name, (spec, _) in architecture.named_tensors().items()
+    }
+    missing = sorted(expected.keys() - checkpoint.tensors.keys())
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: config.json and weights disagree: {len(missing)} tensors are "
+            f"missing, first {missing[0]}; restore the shard that held it"
+        )
+    known = {*expected, architecture.tied_head}
+    extra = [n for n in checkpoint.tensors if n not in known and not n.endswith(family.ignored)]
+    if extra:
+        raise UserError(
+            f"{checkpoint.folder}: {len(extra)} tensors that config.json does not account for, "
+            f"first {sorted(extra)[0]}; config and weights are not of the same model"
+        )
+    for name, shape in expected.items():
+        found = checkpoint.tensors[name]
+        if found.shape != shape:
+            raise UserError(
+                f"{found.file}: {name} has shape {found.shape} where config.json says {shape}: "
+                "config and weights are not of the same model"
+            )
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder has none that `transformers` can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.checkpoint.folder)
+    except Exception as error:  # missing or damaged files surface as many types
+        raise UserError(
+            f"{source.checkpoint.folder}: no usable tokenizer ({_one_line(error)[:200]})"
+        ) from error
+
+
+def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Builds the model without storage and fills it tensor by tensor.
+
+    Host memory peaks at the model in `dtype` plus one tensor.
+
+    Args:
+        source: checked checkpoint.
+        dtype: of the parameters.
+        device: they are placed on.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            source.config, dtype=dtype, attn_implementation="sdpa"
+        )
+    for name in source.architecture.named_tensors():
+        weight = source.checkpoint.read(name)
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{source.checkpoint.tensors[name].file}: {name} holds NaN or infinite values: "
+                "the checkpoint is damaged"
+            )
+        set_module_tensor_to_device(model, name, device, value=weight, dtype=dtype)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Gives the output head storage of its own, as rotation folds the final norm into it."""
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False

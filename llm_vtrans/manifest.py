@@ -1,0 +1,106 @@
+"""The run's record: `vtrans.json`, `masks.safetensors` and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm_vtrans.families.base import Shape
+from llm_vtrans.masks import VIBMasks
+from llm_vtrans.output_folder import MANIFEST_FILE
+
+MASKS_FILE = "masks.safetensors"
+CARD_FILE = "README.md"
+
+
+def kept_units(shape: Shape) -> dict[str, Any]:
+    """The `kept` entry of the manifest."""
+    return {
+        "hidden": shape.hidden,
+        "heads": list(shape.heads),
+        "ffn": list(shape.ffn),
+        "removed_sublayers": [
+            f"{index}.{part}"
+            for index in range(len(shape.heads))
+            for part, units in (("attention", shape.heads), ("ffn", shape.ffn))
+            if not units[index]
+        ],
+        "layers": list(shape.kept_layers),
+    }
+
+
+def write_masks(
+    folder: Path, masks: VIBMasks, plan: Mapping[str, Tensor], settings: dict[str, str]
+) -> None:
+    """Writes mu and log_var of every structure, the plan and the rotation.
+
+    Args:
+        folder: to write into.
+        masks: the trained masks.
+        plan: `keep.*` flags and the rotation, if there is one.
+        settings: strings that a later export of another budget needs.
+    """
+    tensors = dict(plan)
+    for name in masks.names():
+        tensors[f"mu.{name}"] = masks.mu[name].detach()
+        tensors[f"log_var.{name}"] = masks.log_var[name].detach()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / MASKS_FILE, settings)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `vtrans.json`."""
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def model_card(manifest: dict[str, Any], figures: str) -> str:
+    """The README.md of a pruned checkpoint.
+
+    Args:
+        manifest: of the run.
+        figures: the summary table as text.
+    """
+    source, budget = manifest["source"]["name"], manifest["budget"]
+    if manifest["layout"] == "stock":
+        loading = "It loads in stock `transformers`, with no custom code."
+        flag = ""
+    else:
+        loading = (
+            "Every layer has its own shape: load it with `trust_remote_code=True` (the small file "
+            "`per_layer_modeling.py` beside the weights), or after `import llm_vtrans`."
+        )
+        flag = ", trust_remote_code=True"
+    base = f"base_model: {source}\n" if source.count("/") == 1 and ".." not in source else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags:
+- pruning
+- llm-vtrans
+---
+# {Path(source).name}, pruned by {100 * (1 - budget["achieved"] / budget["dense"]):.1f}%
+
+Structured pruning with VIB masks (VTrans, arXiv:2406.05276) by `llm_vtrans`. {loading}
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("."{flag})
+```
+
+```
+{figures}
+```
+
+Perplexity: {manifest["perplexity"]["protocol"]}.
+"""

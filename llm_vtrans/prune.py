@@ -1,0 +1,41 @@
+"""The main job: load, calibrate, train VIB masks, allocate, export, score.
+
+Runs as `accelerate launch llm_vtrans/prune.py` and as `llm-vtrans prune`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # as a script this folder comes first; the package must be found instead
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from llm_vtrans.arguments import parse
+from llm_vtrans.command import run_command
+from llm_vtrans.job import Job
+
+
+def prune(arguments: list[str]) -> None:
+    """Runs the main job.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: something the user can correct.
+    """
+    args = parse(arguments)
+    job = Job.prepare(args)
+    job.show_plan()
+    if args.dry_run:
+        return
+    job.load()
+    job.train()
+    job.allocate()
+    job.export()
+    job.summarise()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(prune, sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What a run tells: lines on rank zero, metrics.jsonl, seconds and peak memory per phase."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_vtrans import __version__
+from llm_vtrans.training import Progress
+
+METRICS_FILE = "metrics.jsonl"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "lm_eval")
+
+
+@dataclass
+class Phase:
+    """Cost of one phase: wall-clock seconds, peak resident and device memory in bytes."""
+
+    seconds: float
+    peak_rss: int
+    peak_device: int
+
+
+@dataclass
+class Reporter:
+    """Prints on rank zero and keeps the run's record.
+
+    Attributes:
+        is_main: whether this is rank zero; other ranks stay silent.
+        num_steps: of training, for the progress line.
+        phases: seconds and peak memory by name, in order.
+    """
+
+    is_main: bool
+    num_steps: int = 0
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        """One line on standard output."""
+        if self.is_main:
+            print(text, flush=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures a phase; the peak counters start anew where the system allows it."""
+        _reset_peaks()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        self.phases[name] = Phase(time.perf_counter() - start, peak_rss(), device)
+
+    def progress(self, folder: Path, progress: Progress) -> None:
+        """Appends a line to metrics.jsonl and prints the same for people."""
+        if not self.is_main:
+            return
+        record = {
+            "step": progress.step,
+            **progress.metrics,
+            "tokens_per_second": progress.tokens_per_second,
+        }
+        with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        metrics = progress.metrics
+        self.say(
+            f"step {progress.step:>5}/{self.num_steps}  loss {metrics['loss']:.4f}  "
+            f"distillation {metrics['distillation']:.4f} nats  "
+            f"sparsity {metrics['sparsity']:.3f} (target {metrics['target']:.3f})  "
+            f"{progress.tokens_per_second:,.0f} tokens/s  ETA {progress.eta_seconds:.0f} s"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Phases for the manifest."""
+        return {name: asdict(phase) for name, phase in self.phases.items()}
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Drops records after `step`, and a last line that a kill cut short."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def peak_rss() -> int:
+    """Peak resident memory in bytes since the last reset, or of the process."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_peaks() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # peaks are then those of the process so far
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that decide a result."""
+    found = {"llm_vtrans": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """The arguments of this run, without the path of the program."""
+    return " ".join(["llm-vtrans", "prune", *sys.argv[1:]])
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Plain text table; the first row is the header, the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])

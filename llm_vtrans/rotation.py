@@ -1,0 +1,125 @@
+"""ROTATE: one global orthogonal change of basis of the residual stream.
+
+RMSNorm commutes with an orthogonal map once its weight is folded into the readers
+behind it (SliceGPT, arXiv:2401.15024, section 3). Here a single matrix `Q` serves
+the whole network, so nothing is left over at run time: what writes to the stream is
+multiplied by `Q^T`, what reads from it by `diag(norm) Q`, and norm weights become one.
+In the basis of the stream's principal directions, hidden pruning drops directions
+instead of coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+
+
+def rotated_architecture(architecture: Architecture) -> Architecture:
+    """The table after rotation: a tied head comes apart, as it absorbs the final norm."""
+    if architecture.tied_head is None:
+        return architecture
+    lookup = next(spec for spec in architecture.tensors if spec.is_lookup)
+    head = TensorSpec(
+        architecture.tied_head, lookup.dims, Stream.READS, norm=architecture.final_norm
+    )
+    return replace(architecture, tensors=(*architecture.tensors, head), tied_head=None)
+
+
+def rotate_tensor(
+    weight: Tensor, spec: TensorSpec, basis: Tensor, norm_weight: Tensor | None
+) -> Tensor:
+    """One tensor in the new basis.
+
+    Args:
+        weight: of the dense model, any float dtype.
+        spec: its row of the table.
+        basis: `Q` `(hidden_size, num_directions)`, orthonormal columns; column i is the new
+            direction i (fewer columns than rows truncate at once).
+        norm_weight: weight `(hidden_size,)` of the norm in front, for readers.
+
+    Returns:
+        The rotated tensor in the basis's dtype (`weight` itself where nothing changes).
+    """
+    dim = spec.dim_of(Axis.HIDDEN)
+    if dim is None or spec.stream is Stream.APART:
+        return weight
+    if spec.stream is Stream.SCALES:
+        return basis.new_ones(basis.shape[1])
+    weight = weight.to(basis.dtype).movedim(dim, -1)
+    if spec.stream is Stream.READS:
+        assert norm_weight is not None, spec.name
+        weight = weight * norm_weight.to(basis.dtype)
+    return (weight @ basis).movedim(-1, dim)
+
+
+@torch.no_grad()
+def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) -> None:
+    """Rotates a loaded model in place, one tensor in float32 at a time.
+
+    Args:
+        model: the library's model; a tied head must have been untied.
+        architecture: its table after `rotated_architecture`.
+        basis: `(hidden_size, hidden_size)` float32.
+    """
+    named = architecture.named_tensors()
+    parameters = {name: model.get_parameter(name) for name in named}
+    norms = {n: p.detach().clone() for n, p in parameters.items() if _scales(named[n][0])}
+    for name, (spec, layer) in named.items():
+        norm = norms[spec.norm.format(layer)] if spec.norm else None
+        parameter = parameters[name]
+        parameter.copy_(rotate_tensor(parameter, spec, basis.to(parameter.device), norm))
+
+
+def _scales(spec: TensorSpec) -> bool:
+    return spec.stream is Stream.SCALES
+
+
+@torch.no_grad()
+def principal_basis(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: list[Tensor],
+    forward: Callable[[Tensor], object],
+) -> Tensor:
+    """Principal directions of the normalised residual stream, strongest first.
+
+    Args:
+        model: the library's model.
+        architecture: its table; the inputs of all its norms are observed.
+        batches: calibration tokens `(batch, seq)` on the model's device.
+        forward: runs the model on one batch.
+
+    Returns:
+        Orthogonal `(hidden_size, hidden_size)` float32: eigenvectors of the second moment of
+        `x / rms(x)` over all tokens and norms, by descending eigenvalue.
+    """
+    size = architecture.num_units[Axis.HIDDEN]
+    device = next(model.parameters()).device
+    moment = torch.zeros(size, size, dtype=torch.float32, device=device)
+
+    def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-12)
+        moment.addmm_(x.T, x)
+
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(observe)
+        for name, (spec, _) in architecture.named_tensors().items()
+        if _scales(spec)
+    ]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Each rank sees the same batches, so all ranks hold the same basis.
+    _, vectors = torch.linalg.eigh(moment.double().cpu())
+    return vectors.flip(1).float().contiguous()
+
+

@@ -1,0 +1,312 @@
+"""TRAIN: mask-only finetuning (Faster-VTrans) on `accelerate`.
+
+The weights are frozen; the teacher is the same network with its masks off. Noise and
+data order are functions of the seed and the global micro-batch number alone, so a
+run is the same on one rank or several and continues bit for bit after a kill.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.budget import Budget, Cost, Lagrangian, complete, residuals
+from llm_vtrans.errors import UserError
+from llm_vtrans.families.base import Architecture, Axis
+from llm_vtrans.masks import VIBMasks
+
+SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
+INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
+MULTIPLIER_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Numbers of the training loop.
+
+    Attributes:
+        num_steps: optimizer steps.
+        batch_size: windows per rank and micro-batch.
+        gradient_accumulation: micro-batches per step and rank.
+        learning_rate: of the masks, decaying linearly to zero.
+        kl_weight: of the masks' KL terms.
+        seed: of noise and masks.
+        log_every: steps between two metric records.
+        save_every: steps between two saved states.
+        is_uniform: stock layout: every layer keeps the same counts.
+    """
+
+    num_steps: int
+    batch_size: int
+    gradient_accumulation: int
+    learning_rate: float
+    kl_weight: float
+    seed: int
+    log_every: int
+    save_every: int
+    is_uniform: bool
+
+
+class MaskObjective(nn.Module):
+    """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
+
+    Args:
+        masked: frozen model with hooks.
+        masks: the trained gates.
+        cost: what the budget counts.
+        budget: the target.
+        settings: of the loop.
+    """
+
+    def __init__(
+        self,
+        masked: MaskedModel,
+        masks: VIBMasks,
+        cost: Cost,
+        budget: Budget,
+        settings: TrainingSettings,
+    ):
+        super().__init__()
+        self.masked, self.masks = masked, masks
+        self.cost, self.budget, self.settings = cost, budget, settings
+        layers = masked.architecture.num_layers
+        self.lagrangian = Lagrangian(1 + 2 * layers if settings.is_uniform else 1)
+
+    def forward(
+        self, input_ids: Tensor, micro_batch: int, progress: float, target: float
+    ) -> dict[str, Tensor]:
+        """Loss terms, each of shape `()`.
+
+        Args:
+            input_ids: tokens `(batch, seq)`.
+            micro_batch: global number of this micro-batch; with the seed it decides the noise.
+            progress: share of training done, in [0, 1).
+            target: sparsity aimed at in this step.
+        """
+        architecture = self.masked.architecture
+        generator = torch.Generator(input_ids.device)
+        generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
+        self.masked.set_gates(None)
+        with torch.no_grad():
+            teacher = self.masked(input_ids)
+        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
+        distillation = distillation_loss(self.masked(input_ids), teacher)
+        keep = self.masks.keep_probability(sharpness_at(progress))
+        gaps = residuals(
+            keep, architecture, self.cost, self.budget, target, self.settings.is_uniform
+        )
+        penalty = self.lagrangian(gaps)
+        kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
+        loss = distillation + self.settings.kl_weight * kl + penalty
+        return {
+            "loss": loss,
+            "distillation": distillation,
+            "kl": kl,
+            "penalty": penalty,
+            "sparsity": gaps[0] + target,
+        }
+
+
+def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Broadcasts a whole-layer gate `(L, 1)` to both sub-layers."""
+    if "layers" not in gates:
+        return gates
+    return {**gates, "layers": gates["layers"].expand(architecture.num_layers, 2)}
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL from the unmasked to the masked network's next-token distribution.
+
+    Args:
+        student: logits `(batch, seq, vocab)`.
+        teacher: logits `(batch, seq, vocab)`, detached.
+
+    Returns:
+        Mean over tokens in nats, shape `()`, computed in float32.
+    """
+    log_student = F.log_softmax(student.float().flatten(0, 1), dim=-1)
+    log_teacher = F.log_softmax(teacher.float().flatten(0, 1), dim=-1)
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+
+
+def sharpness_at(progress: float) -> float:
+    """Sharpness of the keep probability after a share of training."""
+    first, last = SHARPNESS
+    return first * (last / first) ** progress
+
+
+def target_at(step: int, num_steps: int, start: float, target: float) -> float:
+    """Sparsity aimed at: linear from where training starts to the budget, then constant.
+
+    The warm-up takes 10% of the steps, 20% above 60% sparsity (METHOD, section 3).
+    """
+    warmup = max(1, math.ceil(num_steps * (0.2 if target > 0.6 else 0.1)))
+    return start + (target - start) * min(1.0, step / warmup)
+
+
+def initial_shapes(
+    architecture: Architecture, prune: tuple[str, ...], is_uniform: bool
+) -> dict[str, tuple[int, ...]]:
+    """Mask shapes of the structures to prune; in the stock layout layers go as a whole."""
+    layers, units = architecture.num_layers, architecture.num_units
+    shapes = {
+        Axis.HIDDEN.value: (units[Axis.HIDDEN],),
+        Axis.HEADS.value: (layers, units[Axis.HEADS]),
+        Axis.FFN.value: (layers, units[Axis.FFN]),
+        "layers": (layers, 1 if is_uniform else 2),
+    }
+    return {name: shapes[name] for name in prune}
+
+
+def make_optimizer(objective: MaskObjective, learning_rate: float) -> torch.optim.Adam:
+    """Adam that minimises over the masks and maximises over the multipliers."""
+    return torch.optim.Adam(
+        [
+            {"params": list(objective.masks.parameters()), "lr": learning_rate},
+            {
+                "params": list(objective.lagrangian.parameters()),
+                "lr": MULTIPLIER_LEARNING_RATE,
+                "maximize": True,
+            },
+        ]
+    )
+
+
+@dataclass
+class Progress:
+    """What a logged step reports; the fields are the columns of metrics.jsonl.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: loss terms in nats, sparsities, multipliers.
+        tokens_per_second: over all ranks since the last report.
+        eta_seconds: at that rate.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    tokens_per_second: float
+    eta_seconds: float
+
+
+def train(
+    objective: MaskObjective,
+    optimizer: torch.optim.Optimizer,
+    windows: Tensor,
+    accelerator: Accelerator,
+    settings: TrainingSettings,
+    first_step: int,
+    report: Callable[[Progress], None],
+    save: Callable[[int], None],
+) -> None:
+    """Trains the masks in place.
+
+    Args:
+        objective: loss; its masks and multipliers are trained.
+        optimizer: from `make_optimizer`, with its state if the run is resumed.
+        windows: tokens `(num_samples, seq_len)`, in the order in which they are used.
+        accelerator: made with the settings' gradient accumulation.
+        settings: of the loop.
+        first_step: steps that are done already.
+        report: called on every rank after each logged step.
+        save: called on every rank when a state is due.
+
+    Raises:
+        UserError: a loss term became NaN or infinite; the last saved state stays.
+    """
+    budget = objective.budget
+    start = float(_initial_sparsity(objective))
+    loader = DataLoader(windows, batch_size=settings.batch_size, drop_last=True)  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    done = first_step * settings.gradient_accumulation
+    batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
+    clock, logged = time.perf_counter(), first_step
+    for step in range(first_step, settings.num_steps):
+        progress = step / settings.num_steps
+        target = target_at(step, settings.num_steps, start, budget.sparsity)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - progress)
+        for part in range(settings.gradient_accumulation):
+            local = step * settings.gradient_accumulation + part
+            number = local * accelerator.num_processes + accelerator.process_index
+            with accelerator.accumulate(model):
+                terms = model(next(batches), number, progress, target)
+                accelerator.backward(terms["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+        num_done = step + 1
+        if num_done % settings.log_every == 0 or num_done == settings.num_steps:
+            metrics = _collect(terms, target, objective, accelerator, num_done)
+            now = time.perf_counter()
+            rate = (num_done - logged) / (now - clock)
+            tokens = settings.batch_size * settings.gradient_accumulation * windows.shape[1]
+            report(
+                Progress(
+                    num_done,
+                    metrics,
+                    rate * tokens * accelerator.num_processes,
+                    (settings.num_steps - num_done) / rate,
+                )
+            )
+            clock, logged = now, num_done
+        if num_done % settings.save_every == 0 and num_done < settings.num_steps:
+            _check_finite(objective, num_done)
+            save(num_done)
+    _check_finite(objective, settings.num_steps)
+
+
+def _initial_sparsity(objective: MaskObjective) -> Tensor:
+    """Expected sparsity of freshly started masks: where the target's warm-up begins.
+
+    Computed from the initial values and not the current ones, so that it is the same
+    after a resume.
+    """
+    masks, budget = objective.masks, objective.budget
+    keep = {
+        name: torch.sigmoid(torch.full_like(mu, -SHARPNESS[0] * INITIAL_LOG_VAR))
+        for name, mu in masks.mu.items()
+    }
+    expected = objective.cost.expected(complete(keep, objective.masked.architecture))
+    return (1 - expected / budget.dense).detach()
+
+
+def _collect(
+    terms: dict[str, Tensor],
+    target: float,
+    objective: MaskObjective,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, float]:
+    names = list(terms)
+    values: Any = accelerator.reduce(torch.stack([terms[n].detach() for n in names]), "mean")
+    metrics = dict(zip(names, values.tolist(), strict=True))
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {step}: {name} is {value}; lower --learning-rate (the last saved masks "
+                "stay, --resume continues from them)"
+            )
+    return {
+        **metrics,
+        "target": target,
+        "lambda_1": float(objective.lagrangian.linear[0].detach()),
+        "lambda_2": float(objective.lagrangian.quadratic[0].detach()),
+    }
+
+
+def _check_finite(objective: MaskObjective, step: int) -> None:
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise UserError(
+                f"step {step}: {name} became NaN or infinite; lower --learning-rate (the last "
+                "saved masks stay, --resume continues from them)"
+            )

@@ -1,0 +1,66 @@
+"""Tiny random models of every family, built in code."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB_SIZE = 96
+WIDTHS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**WIDTHS),
+    "llama-mha": LlamaConfig(**{**WIDTHS, "num_key_value_heads": 6}),
+    "llama-bias": LlamaConfig(**WIDTHS, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**WIDTHS, tie_word_embeddings=True),
+    "mistral": MistralConfig(**WIDTHS, sliding_window=None),
+    "qwen2": Qwen2Config(**WIDTHS),
+    "qwen3": Qwen3Config(**WIDTHS, tie_word_embeddings=True),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A random model whose norms and biases are far from their trivial initial values."""
+    torch.manual_seed(seed)
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(0.5 + torch.rand_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
+    """Saves a tiny model with a tokenizer of single letters."""
+    tiny_model(name, seed).save_pretrained(folder)
+    vocab = {chr(33 + i) if i else "<|endoftext|>": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,131 @@
+"""The exported network is the hard-masked one: functions, counts, layouts, caches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+import llm_vtrans.per_layer_modeling
+from llm_vtrans.allocation import PrunePlan
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.budget import mac_cost, parameter_cost
+from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.families import Architecture, Axis
+from llm_vtrans.loading import load_model, open_source, untie_head
+from llm_vtrans.rotation import rotate_model, rotated_architecture
+
+TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
+SEQ_LEN = 20
+
+llm_vtrans.per_layer_modeling.register()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def source_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("dense"))
+
+
+def random_plan(architecture: Architecture, is_uniform: bool, seed: int) -> PrunePlan:
+    """Random kept units and gates; sub-layers removed, in the stock layout with their layer."""
+    draw = torch.Generator().manual_seed(seed)
+    layers, units = architecture.num_layers, architecture.num_units
+
+    def some(num_units: int, count: int) -> torch.Tensor:
+        keep = torch.zeros(num_units, dtype=torch.bool)
+        keep[torch.randperm(num_units, generator=draw)[:count]] = True
+        return keep
+
+    def counts(num_units: int) -> torch.Tensor:
+        drawn = torch.randint(1, num_units + 1, (layers,), generator=draw)
+        return drawn[:1].expand(layers) if is_uniform else drawn
+
+    present = torch.rand(layers, 2, generator=draw) < 0.7
+    present[0, 0] = True  # the first attention always stays
+    if is_uniform:
+        present = present[:, :1].expand(layers, 2)
+    heads, ffn = counts(units[Axis.HEADS]), counts(units[Axis.FFN])
+    keep = {
+        "hidden": some(units[Axis.HIDDEN], int(torch.randint(4, 25, (), generator=draw))),
+        "heads": torch.stack([some(units[Axis.HEADS], int(n)) for n in heads * present[:, 0]]),
+        "ffn": torch.stack([some(units[Axis.FFN], int(n)) for n in ffn * present[:, 1]]),
+    }
+    gates = {**{n: k.shape for n, k in keep.items()}, "layers": (layers, 2)}
+    gate = {n: 0.5 + torch.rand(shape, generator=draw) for n, shape in gates.items()}
+    return PrunePlan(keep, gate)
+
+
+@torch.no_grad()
+def check_exact(folder: Path, out: Path, is_uniform: bool, is_rotated: bool, seed: int) -> None:
+    source = open_source(str(folder))
+    architecture, basis = source.architecture, None
+    model = load_model(source, torch.float32, torch.device("cpu"))
+    tokens = torch.randint(VOCAB_SIZE, (2, SEQ_LEN), generator=torch.Generator().manual_seed(seed))
+    dense = model(tokens).logits
+    if is_rotated:
+        if architecture.tied_head:
+            untie_head(model)
+        architecture = rotated_architecture(architecture)
+        size = architecture.num_units[Axis.HIDDEN]
+        noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+        basis = torch.linalg.qr(noise)[0]
+        rotate_model(model, architecture, basis)
+        assert relative(model(tokens).logits, dense) < TOLERANCE
+    plan = random_plan(architecture, is_uniform, seed)
+    masked = MaskedModel(model, architecture)
+    masked.set_gates(plan.hard())
+    expected = masked(tokens)
+    pruning = Pruning(source.checkpoint, architecture, plan, basis)
+    export_model(pruning, source.family, source.config, is_uniform, out, 10**9)
+    # Eager attention: the FLOP counter does not see the fused CPU kernel.
+    exported = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert relative(exported(tokens).logits, expected) < TOLERANCE
+    assert sum(p.numel() for p in exported.parameters()) == parameter_cost(architecture).of(
+        plan.shape
+    )
+    with FlopCounterMode(display=False) as counter:
+        exported(tokens[:1], use_cache=False)
+    assert counter.get_total_flops() == 2 * mac_cost(architecture, SEQ_LEN).of(plan.shape)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@given(seed=st.integers(0, 2**32 - 1), is_rotated=st.booleans(), is_uniform=st.booleans())
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+def test_export_equals_masked_model(
+    source_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    is_rotated: bool,
+    is_uniform: bool,
+) -> None:
+    config = open_source(str(source_folder)).config
+    if is_uniform and getattr(config, "mlp_bias", False):
+        is_uniform = False  # a llama with biases has no stock layout for every width
+    check_exact(source_folder, tmp_path_factory.mktemp("out"), is_uniform, is_rotated, seed)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_generate_with_caches(
+    tmp_path: Path, source_folder: Path, cache: str, is_uniform: bool
+) -> None:
+    source = open_source(str(source_folder))
+    if is_uniform and getattr(source.config, "mlp_bias", False):
+        pytest.skip("a llama with biases has no stock layout for every width")
+    plan = random_plan(source.architecture, is_uniform, seed=3)
+    pruning = Pruning(source.checkpoint, source.architecture, plan)
+    export_model(pruning, source.family, source.config, is_uniform, tmp_path, 10**9)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = torch.tensor([[5, 9, 20, 3]])
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(prompt, cache_implementation=cache, **greedy)
+    plain = model.generate(prompt, use_cache=False, **greedy)
+    assert cached.tolist() == plain.tolist()
