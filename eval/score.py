@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of eval/: the checkout need not be installed
 
-from llm_vtrans import per_layer_modeling  # noqa: E402
-from llm_vtrans.command import run_command  # noqa: E402
-from llm_vtrans.embedded import EMBEDDED_MODEL  # noqa: E402
-from llm_vtrans.errors import UserError  # noqa: E402
-from llm_vtrans.scoring import Estimate, text_documents, text_windows  # noqa: E402
+from llm_vtrans import per_layer_modeling
+from llm_vtrans.command import run_command
+from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.errors import UserError
+from llm_vtrans.scoring import Estimate, text_documents, text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ TASKS_HELP = (
     "embedded_heldout (offline, eval/tasks); or any name of the harness"
 )
 DATA_DIR_HELP = "folder of the offline tasks' data (default: %(default)s)"
-DTYPE_HELP = "auto, the default, is the checkpoint's own"
+DTYPE_HELP = "auto, the default, is float32 on CPU, else the checkpoint's own"
 
 Rows = dict[tuple[str, str], "Score"]
 

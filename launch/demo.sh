@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-launch/setup.sh
+bash launch/setup.sh
 # Explicit values keep accelerate from asking for a config file or warning about its absence.
 flags=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 threads=$(.venv/bin/python -c 'import torch

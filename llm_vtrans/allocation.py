@@ -18,8 +18,9 @@ from torch import Tensor
 from llm_vtrans.budget import Budget, Cost, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
-from llm_vtrans.masks import THRESHOLD, VIBMasks, keep_probability
+from llm_vtrans.masks import VIBMasks, keep_probability
 
+REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes
 TOLERANCE = 1e-3  # of the budget may stay unused when dimensions are free
 
 
@@ -94,20 +95,41 @@ def allocate(masks: VIBMasks, problem: Problem) -> PrunePlan:
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    architecture = problem.architecture
     with torch.no_grad():
-        alphas = {n: la.double().cpu() for n, la in masks.log_alpha().items()}
-        gate = complete({n: masks.mu[n].float().cpu() for n in masks.names()}, architecture)
-    pruned = frozenset(alphas)
-    scores = complete({n: keep_probability(la, 1.0) for n, la in alphas.items()}, architecture)
-    present = _present(alphas, architecture)
-    benefits = _benefits(scores, problem.cost)
-    while True:
-        shape = _choose_shape(scores, benefits, present, pruned, problem)
-        if shape is not None:
-            break
-        present = _drop_one(present, alphas, architecture, problem)
-    return PrunePlan(_keep_best(scores, shape), {n: g.contiguous() for n, g in gate.items()})
+        scores = {
+            name: keep_probability(alpha.double().cpu(), 1.0)
+            for name, alpha in masks.log_alpha().items()
+        }
+        gate = {name: masks.mu[name].float().cpu() for name in masks.names()}
+    return allocate_scores(scores, gate, problem)
+
+
+def allocate_scores(
+    scores: Mapping[str, Tensor], gate: Mapping[str, Tensor], problem: Problem
+) -> PrunePlan:
+    """The same for any scores in [0, 1], such as those of one-shot baselines.
+
+    Args:
+        scores: of the units of each pruned structure, float64; a sub-layer goes when its score
+            in `layers` is at most one half.
+        gate: factors that stay on the kept units; structures without one have ones.
+        problem: model, budget, rounding and layout.
+
+    Raises:
+        UserError: even the smallest allowed model exceeds the budget.
+    """
+    architecture = problem.architecture
+    pruned, target = frozenset(scores), problem.budget.target
+    full = complete(scores, architecture)
+    present = _present(scores, architecture)
+    while "layers" in scores and not bool(present.all()) and _most(present, problem) < target:
+        present = _restore_one(present, scores)
+    benefits = _benefits(full, problem.cost)
+    choose = _choose_uniform if problem.is_uniform else _choose_free
+    while (shape := choose(full, benefits, present, pruned, problem)) is None:
+        present = _drop_one(present, scores, problem)
+    gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
+    return PrunePlan(_keep_best(full, shape), {n: g.contiguous() for n, g in gates.items()})
 
 
 def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
@@ -130,33 +152,51 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
         )
 
 
-def _present(alphas: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
+def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
     """Which sub-layers stay, `(L, 2)` bool; the first attention stays (caches read its length)."""
     shape = (architecture.num_layers, 2)
-    if "layers" not in alphas:
+    if "layers" not in scores:
         return torch.ones(shape, dtype=torch.bool)
-    present = (alphas["layers"] < THRESHOLD).expand(shape).clone()
-    present[0, 0] = True
-    if alphas["layers"].shape[1] == 1:
-        present[0] = True
+    present = (scores["layers"] > REDUNDANT).expand(shape).clone()
+    present[0, : 2 if _goes_whole(scores) else 1] = True
     return present
 
 
-def _drop_one(
-    present: Tensor, alphas: Mapping[str, Tensor], architecture: Architecture, problem: Problem
-) -> Tensor:
-    """Removes the noisiest sub-layer left: the budget cannot hold one unit of each."""
-    if "layers" not in alphas or int(present[1:].sum()) == 0:
-        check_reachable(problem, frozenset(alphas))
+def _goes_whole(scores: Mapping[str, Tensor]) -> bool:
+    """Whether one mask serves both sub-layers of a layer."""
+    return scores["layers"].shape[1] == 1
+
+
+def _most(present: Tensor, problem: Problem) -> int:
+    """Cost of the largest model with these sub-layers."""
+    units = problem.architecture.num_units
+    rows = present.long() * torch.tensor([units[Axis.HEADS], units[Axis.FFN]])
+    heads, ffn = rows.T.tolist()
+    return problem.cost.of(Shape(units[Axis.HIDDEN], tuple(heads), tuple(ffn)))
+
+
+def _restore_one(present: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
+    """Brings back the removed sub-layer of highest score: the rest cannot fill the budget."""
+    gone = scores["layers"].expand(present.shape).masked_fill(present, -torch.inf)
+    layer, part = divmod(int(gone.argmax()), 2)
+    present = present.clone()
+    present[layer, slice(None) if _goes_whole(scores) else part] = True
+    return present
+
+
+def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -> Tensor:
+    """Removes the sub-layer of lowest score: the budget cannot hold one unit of each."""
+    if "layers" not in scores or int(present[1:].sum()) == 0:
+        check_reachable(problem, frozenset(scores))
         raise UserError(
             f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable for these "
             "masks: lower --sparsity or train with more structures in --prune"
         )
-    noise = alphas["layers"].expand(present.shape).masked_fill(~present, -torch.inf).clone()
-    noise[0] = -torch.inf
-    layer, part = divmod(int(noise.argmax()), 2)
+    left = scores["layers"].expand(present.shape).masked_fill(~present, torch.inf).clone()
+    left[0] = torch.inf
+    layer, part = divmod(int(left.argmin()), 2)
     present = present.clone()
-    present[layer, slice(None) if alphas["layers"].shape[1] == 1 else part] = False
+    present[layer, slice(None) if _goes_whole(scores) else part] = False
     return present
 
 
@@ -165,17 +205,6 @@ def _benefits(scores: Mapping[str, Tensor], cost: Cost) -> dict[str, Tensor]:
     variables = {n: s.clone().requires_grad_() for n, s in scores.items()}
     gradients = torch.autograd.grad(cost.expected(variables), list(variables.values()))
     return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
-
-
-def _choose_shape(
-    scores: Mapping[str, Tensor],
-    benefits: Mapping[str, Tensor],
-    present: Tensor,
-    pruned: frozenset[str],
-    problem: Problem,
-) -> Shape | None:
-    choose = _choose_uniform if problem.is_uniform else _choose_free
-    return choose(scores, benefits, present, pruned, problem)
 
 
 def _hidden_gain(benefits: Mapping[str, Tensor], counts: list[int]) -> Tensor:
@@ -318,13 +347,17 @@ def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shap
     num = int(torch.searchsorted(spent, target, right=True))
     taken = list(range(num))
     room = target - int(spent[num - 1])
+    closed: set[tuple[bool, int]] = set()  # after a block, only the next one of its row may follow
     for i in range(num, len(spent)):
+        row = bool(blocks.is_ffn[i]), int(blocks.layer[i])
         part = Sublayer.FFN if blocks.is_ffn[i] else Sublayer.ATTENTION
         unit = cost.part(part, hidden, 1) - cost.part(part, hidden, 0)
         price = int(unit) * int(blocks.size[i])
-        if price <= room:
+        if price <= room and row not in closed:
             taken.append(i)
             room -= price
+        else:
+            closed.add(row)
     counts = torch.zeros(2, problem.architecture.num_layers, dtype=torch.long)
     index = torch.tensor(taken)
     counts.index_put_(

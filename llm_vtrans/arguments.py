@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from llm_vtrans.errors import UserError
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
+BUDGETS = ("sparsity", "params")  # they exclude each other
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -77,6 +78,9 @@ class PruneArguments:
         "auto", "Dtype to compute in. auto: float32 on CPU, bfloat16 on GPU.", DTYPES
     )
     export_dtype: str = _option("auto", "Dtype to write. auto: the dense checkpoint's.", DTYPES)
+    masks: str | None = _option(
+        None, "Earlier run whose trained masks serve this budget, instead of training."
+    )
     output: str | None = _option(None, "Folder of the result. Default runs/MODEL-BUDGET.")
     overwrite: bool = _option(False, "Replace an earlier result in --output.")
     shard_size: str = _option("5GB", "Largest shard of the pruned checkpoint.")
@@ -100,6 +104,9 @@ class PruneArguments:
             )
         for name in ("samples", "batch_size", "gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
+        self._at_least("seed", 0)
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be below 2**32, got {self.seed}")
         if self.seq_len is not None:
             self._at_least("seq_len", 2)
         if self.round_to is not None:
@@ -148,9 +155,10 @@ class PruneArguments:
         if self.params is None:
             return None
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", str(self.params).strip().upper())
-        if match is None or not float(match[1]):
+        number = 0 if match is None else int(float(match[1]) * SUFFIXES[match[2]])
+        if not number:
             raise UserError(f"--params {self.params!r}: expected a number such as 3.4B or 4200000")
-        return int(float(match[1]) * SUFFIXES[match[2]])
+        return number
 
     def output_folder(self) -> Path:
         """Where the result goes."""
@@ -175,17 +183,25 @@ def parse(arguments: Sequence[str]) -> PruneArguments:
         UserError: an unknown flag or key, or a bad value.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    recipe = finder.parse_known_args(arguments)[0].config
-    parser = _Parser(PruneArguments, prog="llm-vtrans prune", allow_abbrev=False)
-    flags = [*_recipe_flags(Path(recipe)), *arguments] if recipe else list(arguments)
-    (parsed,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    for name in ("--config", *(f"--{name}" for name in BUDGETS)):
+        finder.add_argument(name, nargs="?")  # the parser below tells of a missing value
+    given = vars(finder.parse_known_args(arguments)[0])
+    recipe = given["config"]
+    options: Any = PruneArguments  # transformers types this parameter as a NewType
+    parser = _Parser(options, prog="llm-vtrans prune", allow_abbrev=False)
+    replaced = BUDGETS if any(given[name] for name in BUDGETS) else ()
+    flags = [*_recipe_flags(Path(recipe), replaced), *arguments] if recipe else list(arguments)
+    parsed, unknown = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
     assert isinstance(parsed, PruneArguments)
     return parsed
 
 
-def _recipe_flags(path: Path) -> list[str]:
-    """A recipe's fields as flags, put before the user's own so that those win."""
+def _recipe_flags(path: Path, replaced: Sequence[str]) -> list[str]:
+    """A recipe's fields but for `replaced` as flags, put before the user's own: those win."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -200,6 +216,6 @@ def _recipe_flags(path: Path) -> list[str]:
             raise UserError(f"--config {path}: unknown key {key!r}; known are {sorted(known)}")
         if isinstance(value, list):
             value = ",".join(map(str, value))
-        if value is not None:
+        if value is not None and name not in replaced:
             flags += [f"--{name}", str(value)]
     return flags

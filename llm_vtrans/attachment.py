@@ -27,7 +27,7 @@ class _Gate(torch.autograd.Function):
         return x * low
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, low = ctx.saved_tensors
         grad_gate = (grad * x).flatten(0, -2).sum(0, dtype=torch.float32)
         return grad * low, grad_gate

@@ -69,7 +69,7 @@ def _evaluate(terms: Monomials, counts: Mapping[Axis, Any]) -> Any:
     total: Any = 0
     for axes, coefficient in terms.items():
         term: Any = coefficient
-        for axis in axes:
+        for axis in sorted(axes):  # rounding must not depend on the order of a set
             term = term * counts[axis]
         total = total + term
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -117,15 +118,24 @@ def _files(path: Path) -> list[Path]:
 def _read_file(file: Path, source: TextSource) -> Iterator[str]:
     if file.suffix == ".txt":
         return _read_paragraphs(file)
-    from datasets import load_dataset
+    return _read_rows(file, source.text_field or "text")
 
+
+def _read_rows(file: Path, field: str) -> Iterator[str]:
+    import datasets
+
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the line below says it all
     try:
-        rows = load_dataset(
+        rows = datasets.load_dataset(
             READERS[file.suffix], data_files=str(file), split="train", streaming=True
         )
-        return _texts(rows, source.text_field or "text", str(file))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--data {file}: cannot be read as {file.suffix}: {error}") from error
+        yield from _texts(rows, field, str(file))
+    except UserError:
+        raise
+    except Exception as error:  # the readers raise many types; all are the file's fault
+        raise UserError(
+            f"--data {file}: cannot be read as {file.suffix} ({error}): repair or convert it"
+        ) from error
 
 
 def _read_paragraphs(file: Path) -> Iterator[str]:

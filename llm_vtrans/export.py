@@ -67,7 +67,7 @@ class Pruning:
         """Written name -> (source name, row, original layer), in writing order."""
         shape = self.plan.shape
         position = {layer: i for i, layer in enumerate(shape.kept_layers)}
-        written = {}
+        written: dict[str, tuple[str, TensorSpec, int | None]] = {}
         for name, (spec, layer) in self.architecture.named_tensors().items():
             if layer is None or spec.sublayer is None:
                 written[name] = (name, spec, None)
@@ -180,7 +180,9 @@ def export_weights(pruning: Pruning, folder: Path, shard_size: int) -> dict[str,
     return writer.close()
 
 
-def export_config(pruning: Pruning, family: Family, config: Any, is_uniform: bool) -> dict[str, Any]:
+def export_config(
+    pruning: Pruning, family: Family, config: Any, is_uniform: bool
+) -> dict[str, Any]:
     """The pruned model's config.json.
 
     Args:

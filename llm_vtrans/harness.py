@@ -99,18 +99,22 @@ def load_model(
     Args:
         checkpoint: folder or hub name.
         batch_size: sequences in a forward pass, per rank.
-        dtype: `auto` (the checkpoint's own), `float32` or `bfloat16`.
+        dtype: `auto` (float32 on CPU, where half precision is slow, else the checkpoint's own),
+            `float32` or `bfloat16`.
         max_length: longest sequence the harness gives the model, in tokens.
         trust_remote_code: run modelling code that lies in the checkpoint.
 
     Raises:
         UserError: the checkpoint cannot be read.
     """
+    device = PartialState().device
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
     try:
         return DistributedLM(
             pretrained=checkpoint,
             backend="causal",
-            device=str(PartialState().device),
+            device=str(device),
             dtype=dtype,
             batch_size=batch_size,
             max_length=max_length,
@@ -307,12 +311,16 @@ def _task_scores(
 def _protocol(lm: DistributedLM, task: Task, samples: list[dict[str, Any]]) -> dict[str, str | int]:
     """State what a task measured: the kind of perplexity, or of choice, and over how much."""
     documents = {sample["doc_id"]: sample for sample in samples}
-    amount = {"num_fewshot": task.config.num_fewshot or 0, "num_documents": len(documents)}
+    amount = {
+        "num_fewshot": task.config.num_fewshot or 0,
+        "max_length": int(lm.max_length),  # longer contexts lose their start
+        "num_documents": len(documents),
+    }
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         texts = [sample["arguments"][0][0] for sample in documents.values()]
         return {
             "perplexity": "word- and byte-level, rolling likelihood of whole documents",
-            "max_length": lm.max_length,
+            "max_length": int(lm.max_length),
             "num_tokens": sum(len(lm.tok_encode(text)) for text in texts),
             "num_documents": len(documents),
         }

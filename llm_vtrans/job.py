@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Cost, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.calibration import Calibration, TextSource, calibrate
+from llm_vtrans.budget import Cost, dense_shape, mac_cost
+from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model, plan_tensors
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading import Source, load_model, load_tokenizer, open_source, untie_head
+from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
     dtype_name,
@@ -35,6 +37,13 @@ from llm_vtrans.manifest import (
 )
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.planning import (
+    calibration_data,
+    make_problem,
+    rotates,
+    training_settings,
+    window_length,
+)
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -43,7 +52,7 @@ from llm_vtrans.reporting import (
     truncate_metrics,
     versions,
 )
-from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
+from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
 from llm_vtrans.scoring import token_perplexity
 from llm_vtrans.training import (
@@ -58,7 +67,6 @@ from llm_vtrans.training import (
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
-MAX_SEQ_LEN = 512
 
 
 @dataclass
@@ -75,6 +83,7 @@ class Job:
         settings: of the training loop.
         data: calibration windows.
         output: the result's folder.
+        saved: step and tensors of the unfinished run to continue.
     """
 
     args: PruneArguments
@@ -88,6 +97,7 @@ class Job:
     output: OutputFolder
     perplexity: dict[str, float] = field(default_factory=dict)
     basis: Tensor | None = None
+    saved: tuple[int, dict[str, Tensor]] | None = None
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
@@ -108,24 +118,25 @@ class Job:
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
         set_seed(args.seed)
         reporter = Reporter(accelerator.is_main_process)
-        output = OutputFolder(
-            args.output_folder(), args.overwrite or args.resume, (STATE_FOLDER, METRICS_FILE)
-        )
+        resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
+        output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)
-        problem = _problem(args, source, accelerator.device)
+        problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
         output.require_space(2 * source.checkpoint.num_bytes)
-        seq_len = _seq_len(args, source)
+        seq_len = window_length(args, source)
         with reporter.phase("calibration"):
-            data = _calibration(args, source, seq_len)
-        settings = _training_settings(args, accelerator.num_processes)
+            data = calibration_data(args, source, seq_len)
+        settings = training_settings(args, accelerator.num_processes)
         reporter.num_steps = settings.num_steps
-        return cls(
+        job = cls(
             args, accelerator, reporter, source, problem.architecture, problem, settings, data,
             output,
         )  # fmt: skip
+        job.saved = job._saved_state()
+        return job
 
     @property
     def seq_len(self) -> int:
@@ -135,7 +146,7 @@ class Job:
     @property
     def uses_rotation(self) -> bool:
         """Whether the residual stream is rotated before masks are trained."""
-        return _rotates(self.args, self.source)
+        return rotates(self.args, self.source)
 
     @cached_property
     def macs(self) -> Cost:
@@ -164,12 +175,12 @@ class Job:
     @property
     def _dtype(self) -> torch.dtype:
         if self.args.dtype != "auto":
-            return getattr(torch, self.args.dtype)  # type: ignore[no-any-return]
+            return getattr(torch, self.args.dtype)
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
     def load(self) -> None:
         """Loads and rotates the model, builds the masks, restores an unfinished run."""
-        saved = self._saved_state()
+        saved, self.saved = self.saved, None
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
         self.perplexity["dense"] = self._heldout(model)
@@ -177,9 +188,7 @@ class Job:
             with self.reporter.phase("rotate"):
                 self._rotate(model, None if saved is None else extra_tensors(saved[1])["rotation"])
         self.masked = MaskedModel(model, self.architecture)
-        shapes = initial_shapes(
-            self.architecture, self.args.structures(), self.problem.is_uniform
-        )
+        shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(self.accelerator.device)
         self.objective = MaskObjective(
             self.masked, masks, self.problem.cost, self.problem.budget, self.settings
@@ -189,6 +198,26 @@ class Job:
             self.first_step, tensors = saved
             restore(tensors, self.objective, self.optimizer)
             self.reporter.say(f"resumed after step {self.first_step}")
+        if self.accelerator.is_main_process:
+            self._open_state_folder()
+
+    def _open_state_folder(self) -> None:
+        """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
+        folder = self.output.path / STATE_FOLDER
+        if self.first_step:
+            truncate_metrics(folder, self.first_step)
+        else:
+            self._remove_state()
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _remove_state(self) -> None:
+        """Removes the state, and what a kill left of one that was being written."""
+        state = self.output.path / STATE_FILE
+        halves = state.parent.glob(f".{state.name}.partial-*")
+        for path in (state, state.with_name(METRICS_FILE), *halves):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies there: it is not ours to delete
+            state.parent.rmdir()
 
     def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
         if self.source.architecture.tied_head is not None:
@@ -208,17 +237,7 @@ class Job:
             raise UserError(
                 f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew"
             )
-        if self.args.resume:
-            saved = read_state(folder, self._fingerprint)
-            if saved is not None:
-                if self.accelerator.is_main_process:
-                    truncate_metrics(folder, saved[0])
-                return saved
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_FILE).unlink(missing_ok=True)
-            (folder / METRICS_FILE).unlink(missing_ok=True)
-        return None
+        return read_state(folder, self._fingerprint) if self.args.resume else None
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -251,7 +270,7 @@ class Job:
                 self.accelerator,
                 self.settings,
                 self.first_step,
-                lambda progress: self.reporter.progress(self.output.path, progress),
+                lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
                 save,
             )
         save(self.settings.num_steps)
@@ -261,14 +280,10 @@ class Job:
         masks = self.objective.masks
         with self.reporter.phase("allocate"):
             self.plan = allocate(masks, self.problem)
-            other = Problem(
-                **{**vars(self.problem), "is_uniform": not self.problem.is_uniform}
-            )
+            other = Problem(**{**vars(self.problem), "is_uniform": not self.problem.is_uniform})
             self.perplexity["masked"] = self._masked_perplexity(self.plan)
-            try:
+            with suppress(UserError):  # the other layout may have no shape within the budget
                 self.perplexity["other_layout"] = self._masked_perplexity(allocate(masks, other))
-            except UserError:
-                pass  # the other layout has no shape within the budget
 
     def _masked_perplexity(self, plan: PrunePlan) -> float:
         device = self.accelerator.device
@@ -286,31 +301,26 @@ class Job:
         if self.accelerator.is_main_process:
             with self.output as folder:
                 self._write(folder)
-            state = self.output.path / STATE_FILE
-            state.unlink(missing_ok=True)
-            state.parent.rmdir()
+            self._remove_state()
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path) -> None:
         args = self.args
         dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-        pruning = Pruning(
-            self.source.checkpoint, self.architecture, self.plan, self.basis, dtype
-        )
+        pruning = Pruning(self.source.checkpoint, self.architecture, self.plan, self.basis, dtype)
         with self.reporter.phase("export"):
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),
             )  # fmt: skip
             context = {"arguments": json.dumps(asdict(args)), "architecture": args.layout}
-            write_masks(
-                folder, self.objective.masks, plan_tensors(self.plan, self.basis), context
-            )
+            write_masks(folder, self.objective.masks, plan_tensors(self.plan, self.basis), context)
         with self.reporter.phase("score"):
             pruned = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
             ).to(self.accelerator.device)
             self.perplexity["pruned"] = self._heldout(pruned)
+        shutil.copyfile(self.output.path / STATE_FOLDER / METRICS_FILE, folder / METRICS_FILE)
         manifest = self._manifest(folder, hashes)
         write_manifest(folder, manifest)
         (folder / CARD_FILE).write_text(model_card(manifest, self._figures(manifest)))
@@ -377,72 +387,3 @@ class Job:
         if self.accelerator.is_main_process:
             self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
         self.accelerator.end_training()
-
-
-def _rotates(args: PruneArguments, source: Source) -> bool:
-    if args.rotate == "pca" and not source.family.rotates:
-        raise UserError(f"--rotate pca: {source.config.model_type} does not allow a rotation")
-    fits = source.family.rotates and source.architecture.tied_head is None
-    is_wanted = args.rotate == "pca" or (args.rotate == "auto" and fits)
-    return is_wanted and "hidden" in args.structures()
-
-
-def _problem(args: PruneArguments, source: Source, device: torch.device) -> Problem:
-    dense = parameter_cost(source.architecture).of(dense_shape(source.architecture))
-    target = args.num_params() or int((1 - (args.sparsity or 0.0)) * dense)
-    if not 0 < target < dense:
-        raise UserError(
-            f"--params {args.params}: the model has {dense:,} parameters, give a smaller number"
-        )
-    architecture = source.architecture
-    if _rotates(args, source):
-        architecture = rotated_architecture(architecture)
-    return Problem(
-        architecture,
-        parameter_cost(architecture),
-        Budget("params", target, dense),
-        args.round_to or (64 if device.type == "cuda" else 1),
-        args.layout == "stock",
-    )
-
-
-def _seq_len(args: PruneArguments, source: Source) -> int:
-    longest = source.architecture.max_positions
-    if args.seq_len is not None and args.seq_len > longest:
-        raise UserError(
-            f"--seq-len {args.seq_len} is longer than the model's context of {longest} tokens"
-        )
-    return args.seq_len or min(MAX_SEQ_LEN, longest)
-
-
-def _calibration(args: PruneArguments, source: Source, seq_len: int) -> Calibration:
-    assert args.data is not None
-    text = TextSource(args.data, args.data_config, args.data_split, args.text_field)
-    data = calibrate(text, load_tokenizer(source), args.samples, seq_len, args.seed)
-    largest = max(int(data.train.max()), int(data.heldout.max()))
-    if largest >= source.config.vocab_size:
-        raise UserError(
-            f"{args.model}: the tokenizer gives token {largest}, the model knows "
-            f"{source.config.vocab_size}: they do not belong together"
-        )
-    return data
-
-
-def _training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
-    batch = args.global_batch(num_ranks)
-    if args.samples < batch:
-        raise UserError(
-            f"--samples {args.samples} does not fill one step of {batch} sequences on "
-            f"{num_ranks} ranks: lower --batch-size"
-        )
-    return TrainingSettings(
-        num_steps=args.samples // batch,
-        batch_size=args.batch_size,
-        gradient_accumulation=args.gradient_accumulation,
-        learning_rate=args.learning_rate,
-        kl_weight=args.kl_weight,
-        seed=args.seed,
-        log_every=args.log_every,
-        save_every=args.save_every,
-        is_uniform=args.layout == "stock",
-    )

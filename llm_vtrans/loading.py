@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -86,9 +85,7 @@ def _local_folder(name: str, revision: str | None) -> Path:
 
 def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: Family) -> None:
     """Every row of the table must be in the files with its size, and nothing else."""
-    expected = {
-        name: spec.shape for name, (spec, _) in architecture.named_tensors().items()
-    }
+    expected = {name: spec.shape for name, (spec, _) in architecture.named_tensors().items()}
     missing = sorted(expected.keys() - checkpoint.tensors.keys())
     if missing:
         raise UserError(
@@ -149,9 +146,12 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
                 f"{source.checkpoint.tensors[name].file}: {name} holds NaN or infinite values: "
                 "the checkpoint is damaged"
             )
-        set_module_tensor_to_device(model, name, device, value=weight, dtype=dtype)
+        path, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        setattr(model.get_submodule(path), leaf, parameter)
     model.tie_weights()
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
+    return model.eval().requires_grad_(False)
 
 
 def untie_head(model: PreTrainedModel) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import MANIFEST_FILE
@@ -52,6 +54,28 @@ def write_masks(
         tensors[f"log_var.{name}"] = masks.log_var[name].detach()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / MASKS_FILE, settings)
+
+
+def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
+    """Tensors of `masks.safetensors`: `mu.*`, `log_var.*`, `keep.*` and maybe `rotation`.
+
+    Args:
+        folder: an earlier run's output.
+        source_sha256: identity of the dense checkpoint that they must belong to.
+
+    Raises:
+        UserError: no such file, damaged, or masks of another model.
+    """
+    path = folder / MASKS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained_on = (file.metadata() or {}).get("source")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: no usable masks ({error}); name a folder that prune wrote") from error
+    if trained_on != source_sha256:
+        raise UserError(f"{path}: masks of another checkpoint; give the --model they were trained on")
+    return tensors
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

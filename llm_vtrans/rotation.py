@@ -121,5 +121,3 @@ def principal_basis(
     # Each rank sees the same batches, so all ranks hold the same basis.
     _, vectors = torch.linalg.eigh(moment.double().cpu())
     return vectors.flip(1).float().contiguous()
-
-

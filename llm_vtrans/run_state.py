@@ -52,9 +52,7 @@ def save_state(
     atomic_write_bytes(path, save(tensors, metadata))
 
 
-def read_state(
-    folder: Path, fingerprint: dict[str, Any]
-) -> tuple[int, dict[str, Tensor]] | None:
+def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
     """Step and tensors of the saved state, or None if there is none.
 
     Raises:
@@ -69,7 +67,9 @@ def read_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step, saved = int(metadata["step"]), json.loads(metadata["fingerprint"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no usable training state ({error}); start with --overwrite") from error
+        raise UserError(
+            f"{path}: no usable training state ({error}); start with --overwrite"
+        ) from error
     now = json.loads(json.dumps(fingerprint))
     differing = sorted(k for k in now.keys() | saved.keys() if now.get(k) != saved.get(k))
     if differing:

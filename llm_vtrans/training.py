@@ -28,6 +28,7 @@ from llm_vtrans.masks import VIBMasks
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
 MULTIPLIER_LEARNING_RATE = 0.1
+UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,11 @@ def train(
     """
     budget = objective.budget
     start = float(_initial_sparsity(objective))
-    loader = DataLoader(windows, batch_size=settings.batch_size, drop_last=True)  # type: ignore[arg-type]
+    loader: DataLoader[Tensor] = DataLoader(
+        windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
+        batch_size=settings.batch_size,
+        drop_last=True,
+    )
     model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     done = first_step * settings.gradient_accumulation
     batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
@@ -291,10 +296,7 @@ def _collect(
     metrics = dict(zip(names, values.tolist(), strict=True))
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(
-                f"step {step}: {name} is {value}; lower --learning-rate (the last saved masks "
-                "stay, --resume continues from them)"
-            )
+            raise UserError(f"step {step}: {name} is {value}; {UNSTABLE}")
     return {
         **metrics,
         "target": target,
@@ -306,7 +308,4 @@ def _collect(
 def _check_finite(objective: MaskObjective, step: int) -> None:
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise UserError(
-                f"step {step}: {name} became NaN or infinite; lower --learning-rate (the last "
-                "saved masks stay, --resume continues from them)"
-            )
+            raise UserError(f"step {step}: {name} became NaN or infinite; {UNSTABLE}")

@@ -46,7 +46,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(0.5 + torch.rand_like(parameter))
             else:

@@ -6,11 +6,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import llm_vtrans.per_layer_modeling
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import mac_cost, parameter_cost
@@ -18,11 +16,10 @@ from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.loading import load_model, open_source, untie_head
 from llm_vtrans.rotation import rotate_model, rotated_architecture
+from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
 SEQ_LEN = 20
-
-llm_vtrans.per_layer_modeling.register()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -1,0 +1,110 @@
+"""Options and a checked checkpoint -> what the run will do, before any weight is read."""
+
+from __future__ import annotations
+
+import torch
+
+from llm_vtrans.allocation import Problem
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.calibration import Calibration, TextSource, calibrate
+from llm_vtrans.errors import UserError
+from llm_vtrans.loading import Source, load_tokenizer
+from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.training import TrainingSettings
+
+MAX_SEQ_LEN = 512
+
+
+def rotates(args: PruneArguments, source: Source) -> bool:
+    """Whether the residual stream is rotated before masks are trained.
+
+    Raises:
+        UserError: `--rotate pca` for a family whose norm does not allow it.
+    """
+    if args.rotate == "pca" and not source.family.rotates:
+        raise UserError(f"--rotate pca: {source.config.model_type} does not allow a rotation")
+    fits = source.family.rotates and source.architecture.tied_head is None
+    is_wanted = args.rotate == "pca" or (args.rotate == "auto" and fits)
+    return is_wanted and "hidden" in args.structures()
+
+
+def make_problem(args: PruneArguments, source: Source, device: torch.device) -> Problem:
+    """Budget, rounding and layout of a run.
+
+    Raises:
+        UserError: `--params` is not below the model's own count.
+    """
+    dense = parameter_cost(source.architecture).of(dense_shape(source.architecture))
+    target = args.num_params() or int((1 - (args.sparsity or 0.0)) * dense)
+    if not 0 < target < dense:
+        raise UserError(
+            f"--params {args.params}: the model has {dense:,} parameters, give a smaller number"
+        )
+    architecture = source.architecture
+    if rotates(args, source):
+        architecture = rotated_architecture(architecture)
+    return Problem(
+        architecture,
+        parameter_cost(architecture),
+        Budget("params", target, dense),
+        args.round_to or (64 if device.type == "cuda" else 1),
+        args.layout == "stock",
+    )
+
+
+def window_length(args: PruneArguments, source: Source) -> int:
+    """Tokens in a calibration window.
+
+    Raises:
+        UserError: longer than the model's context.
+    """
+    longest = source.architecture.max_positions
+    if args.seq_len is not None and args.seq_len > longest:
+        raise UserError(
+            f"--seq-len {args.seq_len} is longer than the model's context of {longest} tokens"
+        )
+    return args.seq_len or min(MAX_SEQ_LEN, longest)
+
+
+def calibration_data(args: PruneArguments, source: Source, seq_len: int) -> Calibration:
+    """Calibration windows in the model's own tokens.
+
+    Raises:
+        UserError: data that cannot be read, is too little, or a tokenizer of another model.
+    """
+    assert args.data is not None
+    text = TextSource(args.data, args.data_config, args.data_split, args.text_field)
+    data = calibrate(text, load_tokenizer(source), args.samples, seq_len, args.seed)
+    largest = max(int(data.train.max()), int(data.heldout.max()))
+    if largest >= source.config.vocab_size:
+        raise UserError(
+            f"{args.model}: the tokenizer gives token {largest}, the model knows "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    return data
+
+
+def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
+    """The loop's numbers for this many ranks.
+
+    Raises:
+        UserError: too few samples for one step.
+    """
+    batch = args.global_batch(num_ranks)
+    if args.samples < batch:
+        raise UserError(
+            f"--samples {args.samples} does not fill one step of {batch} sequences on "
+            f"{num_ranks} ranks: lower --batch-size"
+        )
+    return TrainingSettings(
+        num_steps=args.samples // batch,
+        batch_size=args.batch_size,
+        gradient_accumulation=args.gradient_accumulation,
+        learning_rate=args.learning_rate,
+        kl_weight=args.kl_weight,
+        seed=args.seed,
+        log_every=args.log_every,
+        save_every=args.save_every,
+        is_uniform=args.layout == "stock",
+    )

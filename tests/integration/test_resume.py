@@ -1,0 +1,167 @@
+"""The same run twice, a run that is killed and continued, and runs that write nothing."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from llm_vtrans.arguments import parse
+from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.prune import prune
+from tests.runs import finish, flags, start, write_inputs
+
+NUM_STEPS = 100
+SETTINGS = ("--save-every", "1", "--shard-size", "10KB")
+STATE = "out/state/training.safetensors"
+
+
+def long_run(folder: Path, *more: str) -> list[str]:
+    return flags(folder, *SETTINGS, *more, samples=2 * NUM_STEPS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs and the result of a run without interruption."""
+    folder = write_inputs(tmp_path_factory.mktemp("uninterrupted"))
+    finish(long_run(folder))
+    return folder
+
+
+@pytest.fixture
+def work(uninterrupted: Path, tmp_path: Path) -> Path:
+    """The same inputs without a result."""
+    copytree(uninterrupted / "model", tmp_path / "model")
+    (tmp_path / "text.txt").write_bytes((uninterrupted / "text.txt").read_bytes())
+    return tmp_path
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of shards, index, config and each tensor of the masks.
+
+    The header of masks.safetensors records the command's paths and flags, which differ here.
+    """
+    files = [*(folder / "out").glob("model*"), folder / "out" / "config.json"]
+    assert len(files) >= 4  # two shards or more, their index and the config
+    contents = {path.name: path.read_bytes() for path in files}
+    masks = load_file(folder / "out" / "masks.safetensors")
+    contents |= {name: tensor.numpy().tobytes() for name, tensor in masks.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the speed."""
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def saved_step(folder: Path) -> int:
+    """Step of the saved state, 0 if there is none."""
+    try:
+        with safe_open(folder / STATE, framework="pt") as state:
+            return int(state.metadata()["step"])
+    except (FileNotFoundError, SafetensorError):
+        return 0
+
+
+def kill_after(folder: Path, step: int, *more: str) -> None:
+    """Starts the run and kills it as soon as a state of `step` or later is saved."""
+    process = start(long_run(folder, *more))
+    while saved_step(folder) < step and process.poll() is None:
+        pass
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert step <= saved_step(folder) < NUM_STEPS
+    assert not (folder / "out" / "vtrans.json").exists()
+
+
+def test_same_seed_twice(uninterrupted: Path, work: Path) -> None:
+    finish(long_run(work))
+    assert hashes(work) == hashes(uninterrupted)
+    assert metrics(work) == metrics(uninterrupted)
+
+
+def test_kill_and_resume(
+    uninterrupted: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two kills at different steps, the second one of a resumed run."""
+    kill_after(work, 1)
+    assert run_command(prune, long_run(work)) == USER_ERROR
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "--resume" in errors[0] and "--overwrite" in errors[0]
+
+    first = saved_step(work)
+    kill_after(work, first + 20, "--resume")
+    second = saved_step(work)
+    half_written = (work / STATE).with_name(".training.safetensors.partial-4000000000")
+    half_written.write_bytes(b"a kill while a state was being written leaves this")
+    with (work / STATE).with_name("metrics.jsonl").open("a") as file:
+        file.write('{"step": 11')  # and this
+
+    assert f"resumed after step {second}" in finish(long_run(work, "--resume"))
+    assert hashes(work) == hashes(uninterrupted)
+    assert [line["step"] for line in metrics(work)] == list(range(1, NUM_STEPS + 1))
+    assert metrics(work) == metrics(uninterrupted)
+    assert {path.name for path in (work / "out").iterdir()} == {
+        path.name for path in (uninterrupted / "out").iterdir()
+    }
+    assert {path.name for path in work.iterdir()} == {"model", "text.txt", "out"}
+
+
+def test_resume_of_nothing_runs(work: Path) -> None:
+    assert run_command(prune, flags(work, "--resume")) == 0
+    assert (work / "out" / "vtrans.json").is_file()
+    assert not (work / "out" / "state").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_dry_run_writes_nothing(
+    work: Path, capsys: pytest.CaptureFixture[str], exists: bool
+) -> None:
+    if exists:
+        (work / "out").mkdir()
+    before = sorted(work.rglob("*"))
+    assert run_command(prune, flags(work, "--dry-run", "--sparsity", "0.4")) == 0
+    assert sorted(work.rglob("*")) == before
+    assert "40.0% less" in capsys.readouterr().out
+
+
+def test_recipe_and_flags(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: some/folder\nsparsity: 0.3\nprune: [ffn, heads]\nseq-len: 128\nkl_weight: 1e-5\n"
+        "layout: per-layer\noverwrite: true\nrevision: null\n"
+    )
+    same = [
+        *("--model", "some/folder", "--sparsity", "0.3", "--prune", "ffn,heads"),
+        *("--seq_len", "128", "--kl-weight", "1e-5", "--layout", "per-layer", "--overwrite"),
+    ]
+    from_recipe, from_flags = parse(["--config", str(recipe)]), parse(same)
+    assert from_recipe.sparsity == 0.3 and from_recipe.structures() == ("heads", "ffn")
+    assert from_recipe.overwrite and from_recipe.kl_weight == 1e-5 and from_recipe.seq_len == 128
+    from_flags.config = str(recipe)
+    assert from_recipe == from_flags
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_flags_win_over_the_recipe(tmp_path: Path, order: int) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.3\nseed: 5\noverwrite: true\n")
+    parts = [["--config", str(recipe)], ["--sparsity", "0.6", "--overwrite", "false"]][::order]
+    parsed = parse([word for part in parts for word in part])
+    assert (parsed.sparsity, parsed.seed, parsed.overwrite) == (0.6, 5, False)
+
+
+def test_a_flag_replaces_the_budget_of_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.3\n")
+    parsed = parse(["--config", str(recipe), "--params", "3.4B"])
+    assert parsed.sparsity is None and parsed.num_params() == 3_400_000_000

@@ -1,0 +1,47 @@
+"""Two ranks on one machine train the same masks as one rank with the same global batch."""
+
+import json
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import finish, flags, write_inputs
+
+NUM_STEPS, GLOBAL_BATCH = 20, 4
+# `accelerate launch --cpu --num_processes 2` starts a single process: it leaves CPU ranks to
+# MPI. torchrun sets the variables that accelerate reads.
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Results of one rank and of two, in `out` of each."""
+    one = write_inputs(tmp_path_factory.mktemp("one"))
+    two = copytree(one, tmp_path_factory.mktemp("two"), dirs_exist_ok=True)
+    samples, half = NUM_STEPS * GLOBAL_BATCH, GLOBAL_BATCH // 2
+    finish(flags(one, "--gradient-accumulation", "2", samples=samples, batch_size=half))
+    finish(flags(two, samples=samples, batch_size=half), *TWO_RANKS)
+    return one, two
+
+
+def test_same_masks(folders: tuple[Path, Path]) -> None:
+    one, two = (load_file(folder / "out" / "masks.safetensors") for folder in folders)
+    assert one.keys() == two.keys()
+    trained = [name for name in one if name.startswith(("mu.", "log_var."))]
+    assert len(trained) == 8
+    for name in trained:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4)
+    kept = [name for name in one if name.startswith("keep.")]
+    assert len(kept) == 3
+    for name in kept:
+        assert torch.equal(two[name], one[name]), name
+
+
+def test_one_rank_writes(folders: tuple[Path, Path]) -> None:
+    one, two = (folder / "out" for folder in folders)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    lines = (two / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))

@@ -1,0 +1,57 @@
+"""The main job on tiny models: inputs, flags, processes of its own."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import VOCAB_SIZE, save_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY = "llm_vtrans/prune.py"  # as in a checkout that is not installed
+SEQ_LEN = 16
+
+
+def write_inputs(folder: Path, num_paragraphs: int = 60) -> Path:
+    """A tiny model with its tokenizer in `model`, and letters for it in `text.txt`."""
+    save_tiny("llama", folder / "model")
+    draw = random.Random(0)
+    letters = [chr(33 + token) for token in range(1, VOCAB_SIZE - 2)]
+    paragraphs = ("".join(draw.choices(letters, k=100)) for _ in range(num_paragraphs))
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def flags(folder: Path, *more: str, samples: int = 16, batch_size: int = 2) -> list[str]:
+    """The command line for the inputs in `folder`; its result goes to `folder/out`."""
+    return [
+        *("--model", str(folder / "model"), "--data", str(folder / "text.txt")),
+        *("--output", str(folder / "out"), "--seq-len", str(SEQ_LEN), "--log-every", "1"),
+        *("--samples", str(samples), "--batch-size", str(batch_size), *more),
+    ]
+
+
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
+    """Starts the job as a process from the repository root."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return subprocess.Popen(
+        [sys.executable, *launcher, ENTRY, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(arguments: list[str], *launcher: str) -> str:
+    """Runs the job to its end, which must be a success; returns its standard output."""
+    process = start(arguments, *launcher)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output

@@ -1,0 +1,202 @@
+"""Allocation: the budget is met from below, shapes are allowed ones, better units stay."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.errors import UserError
+from llm_vtrans.families import Axis, Sublayer, family_for
+from llm_vtrans.families.base import UNIT_AXIS
+from llm_vtrans.masks import VIBMasks
+from llm_vtrans.training import initial_shapes
+
+LAYERS, HIDDEN, FFN, HEADS = 6, 96, 404, 8  # 404 is no multiple of 8
+ARCHITECTURE = family_for("llama").describe(
+    LlamaConfig(
+        vocab_size=500,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+    )
+)
+HEAD_DIM = HIDDEN // HEADS
+COST = parameter_cost(ARCHITECTURE)
+DENSE = COST.of(dense_shape(ARCHITECTURE))
+ALL = ("hidden", "heads", "ffn", "layers")
+SUBSETS = [ALL, ("hidden", "heads", "ffn"), ("hidden", "ffn"), ("heads", "ffn"), ("ffn",)]
+
+seeds = st.integers(0, 2**32 - 1)
+sparsities = st.floats(0.1, 0.8)
+
+
+def problem_of(sparsity: float, is_uniform: bool, round_to: int = 1) -> Problem:
+    budget = Budget("params", int((1 - sparsity) * DENSE), DENSE)
+    return Problem(ARCHITECTURE, COST, budget, round_to, is_uniform)
+
+
+def random_masks(structures: tuple[str, ...], is_uniform: bool, seed: int) -> VIBMasks:
+    """Masks of random `log_alpha` on both sides of the threshold, tied units included."""
+    masks = VIBMasks(initial_shapes(ARCHITECTURE, structures, is_uniform), 0.0, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in masks.names():
+            masks.mu[name].copy_(torch.randn(masks.mu[name].shape, generator=draw))
+            spread = 3 * torch.randn(masks.mu[name].shape, generator=draw)
+            masks.log_var[name].copy_(spread)
+            masks.log_var[name].view(-1)[:2] = 0.0
+            masks.mu[name].view(-1)[:2] = 1.0
+    return masks
+
+
+def reachable(problem: Problem, structures: tuple[str, ...]) -> bool:
+    try:
+        check_reachable(problem, frozenset(structures))
+    except UserError:
+        return False
+    return True
+
+
+def plan_of(
+    structures: tuple[str, ...], sparsity: float, is_uniform: bool, seed: int, round_to: int = 1
+) -> tuple[PrunePlan, VIBMasks, Problem] | None:
+    """A plan for random masks; None where no shape meets the budget."""
+    problem = problem_of(sparsity, is_uniform, round_to)
+    masks = random_masks(structures, is_uniform, seed)
+    if not reachable(problem, structures):
+        with pytest.raises(UserError, match="unreachable"):
+            allocate(masks, problem)
+        return None
+    return allocate(masks, problem), masks, problem
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("structures", [*SUBSETS, ("hidden",), ("heads",), ("hidden", "layers")])
+@given(sparsity=sparsities, seed=seeds, round_to=st.sampled_from([1, 8]))
+@settings(max_examples=6, deadline=None)
+def test_never_above_the_budget(
+    structures: tuple[str, ...], is_uniform: bool, sparsity: float, seed: int, round_to: int
+) -> None:
+    found = plan_of(structures, sparsity, is_uniform, seed, round_to)
+    if found is None:
+        return
+    plan, _, problem = found
+    shape = plan.shape
+    assert COST.of(shape) <= problem.budget.target
+    assert shape.heads[0] > 0  # caches read their length in the first attention
+    for axis, whole, counts in (
+        ("hidden", HIDDEN, (shape.hidden,)),
+        ("heads", HEADS, shape.heads),
+        ("ffn", FFN, shape.ffn),
+    ):
+        assert all(0 <= n <= whole for n in counts)
+        if axis not in structures:
+            assert set(counts) <= ({whole, 0} if "layers" in structures else {whole})
+    if "layers" not in structures:
+        assert all(shape.heads) and all(shape.ffn)
+    if is_uniform:
+        assert shape.is_uniform
+
+
+@pytest.mark.parametrize("structures", SUBSETS)
+@given(sparsity=st.floats(0.1, 0.7), seed=seeds)
+@settings(max_examples=6, deadline=None)
+def test_per_layer_comes_close(structures: tuple[str, ...], sparsity: float, seed: int) -> None:
+    """Within 0.1% of the budget: a unit of the FFN costs less than that here."""
+    found = plan_of(structures, sparsity, False, seed)
+    if found is None:
+        return
+    plan, _, problem = found
+    assert problem.budget.target - COST.of(plan.shape) <= 1e-3 * problem.budget.target
+
+
+@pytest.mark.parametrize("structures", [ALL, ("hidden", "heads", "ffn"), ("hidden", "ffn")])
+@given(sparsity=sparsities, seed=seeds)
+@settings(max_examples=6, deadline=None)
+def test_uniform_comes_close(structures: tuple[str, ...], sparsity: float, seed: int) -> None:
+    """With hidden sizes to choose from; the FFN alone moves in steps of all layers."""
+    found = plan_of(structures, sparsity, True, seed)
+    assert found is not None
+    plan, _, problem = found
+    assert problem.budget.target - COST.of(plan.shape) <= 1e-3 * problem.budget.target
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("round_to", [8, 16])
+@given(sparsity=st.floats(0.1, 0.6), seed=seeds)
+@settings(max_examples=6, deadline=None)
+def test_multiples(is_uniform: bool, round_to: int, sparsity: float, seed: int) -> None:
+    found = plan_of(ALL, sparsity, is_uniform, seed, round_to)
+    assert found is not None
+    shape = found[0].shape
+    assert shape.hidden % round_to == 0 or shape.hidden == HIDDEN
+    assert all(n * HEAD_DIM % round_to == 0 or n == HEADS for n in shape.heads)
+    assert all(n % round_to == 0 or n == FFN for n in shape.ffn)
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@given(sparsity=sparsities, seed=seeds)
+@settings(max_examples=6, deadline=None)
+def test_better_units_stay(is_uniform: bool, sparsity: float, seed: int) -> None:
+    found = plan_of(ALL, sparsity, is_uniform, seed)
+    assert found is not None
+    plan, masks, _ = found
+    for name, alpha in masks.log_alpha().items():
+        if name == "layers":
+            continue
+        width = plan.keep[name].shape[-1]
+        rows = zip(plan.keep[name].view(-1, width), alpha.detach().view(-1, width), strict=True)
+        for keep, row in rows:
+            if keep.any() and not keep.all():
+                assert float(row[keep].max()) <= float(row[~keep].min())
+
+
+@given(sparsity=sparsities, seed=seeds)
+@settings(max_examples=6, deadline=None)
+def test_better_units_stay_across_layers(sparsity: float, seed: int) -> None:
+    """FFN units cost the same in every layer; only a layer's best one stays regardless."""
+    found = plan_of(ALL, sparsity, False, seed)
+    assert found is not None
+    plan, masks, _ = found
+    alpha, keep = masks.log_alpha()["ffn"].detach(), plan.keep["ffn"]
+    present = keep.any(1)
+    forced = torch.zeros_like(keep).scatter_(1, alpha.argmin(1, keepdim=True), True)
+    chosen, dropped = keep & ~forced, ~keep & present[:, None]
+    if chosen.any() and dropped.any():
+        assert float(alpha[chosen].max()) <= float(alpha[dropped].min())
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_redundant_layers_go(is_uniform: bool) -> None:
+    """A noisy sub-layer goes where the budget does not need it."""
+    masks = VIBMasks(initial_shapes(ARCHITECTURE, ALL, is_uniform), -4.0, seed=0)
+    with torch.no_grad():
+        masks.log_var["layers"][3] = 4.0
+    shape = allocate(masks, problem_of(0.5, is_uniform)).shape
+    assert shape.kept_layers == (0, 1, 2, 4, 5)
+    assert not any(shape.units(part)[3] for part in Sublayer)
+
+
+def test_gates_are_the_means() -> None:
+    masks = random_masks(("hidden", "ffn"), False, 5)
+    plan = allocate(masks, problem_of(0.4, False))
+    hard = plan.hard()
+    for name in ("hidden", "ffn"):
+        assert torch.equal(plan.gate[name], masks.mu[name].detach())
+        assert torch.equal(hard[name], masks.mu[name].detach() * plan.keep[name])
+    assert bool((plan.gate["heads"] == 1).all()) and bool((plan.gate["layers"] == 1).all())
+
+
+def test_removed_sublayers_are_gated_off() -> None:
+    masks = random_masks(ALL, False, 1)
+    with torch.no_grad():
+        masks.log_var["layers"][2, 1] = 30.0
+    plan = allocate(masks, problem_of(0.7, False))
+    for index, part in enumerate(Sublayer):
+        gone = ~plan.keep[UNIT_AXIS[part]].any(1)
+        assert bool((plan.hard()["layers"][gone, index] == 0).all())
+    assert not plan.keep[Axis.FFN][2].any()
