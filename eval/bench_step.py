@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost, residuals
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
@@ -116,10 +116,9 @@ class Bench:
         loss = self.timed("loss", lambda: distillation_loss(student, teacher))
 
         def penalise() -> Tensor:
-            keep = masks.keep_probability(1.0)
-            gaps = residuals(keep, masked.architecture, objective.cost, objective.budget, 0.5, True)
+            sparsity = objective.expected_sparsity(masks.keep_probability(1.0))
             kl = masks.kl(dict.fromkeys(masks.names(), 1.0))
-            return loss + 1e-6 * kl + objective.lagrangian(gaps)
+            return loss + 1e-6 * kl + objective.lagrangian(sparsity - 0.5)
 
         total = self.timed("masks: KL and budget", penalise)
         self.timed("backward", total.backward)

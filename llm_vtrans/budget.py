@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
 
+UNIFORM_POWER = 8  # between the mean (1) and the maximum (infinity) over layers
+
 Monomials = Mapping[frozenset[Axis], int]  # axes multiplied together -> coefficient
 
 
@@ -51,18 +53,31 @@ class Cost:
         )
         return int(self.outside(shape.hidden)) + layers
 
-    def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
+    def expected(self, keep: Mapping[str, Tensor], is_uniform: bool = False) -> Tensor:
         """Expected cost under independent probabilities to keep, differentiable, shape `()`.
 
         Args:
             keep: probabilities `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 2)`.
+            is_uniform: all layers must end with one count, so that the widest decide: count
+                each at the power mean over layers, close to the maximum. Pressure then falls
+                on the widest layers, and narrow ones may grow back at no cost.
         """
         hidden = keep[Axis.HIDDEN].sum()
         total = self.outside(hidden)
         for index, part in enumerate(Sublayer):
-            units = keep[UNIT_AXIS[part]].sum(dim=1)
-            total = total + (keep["layers"][:, index] * self.part(part, hidden, units)).sum()
+            units, present = keep[UNIT_AXIS[part]].sum(dim=1), keep["layers"][:, index]
+            if is_uniform:
+                units = _power_mean(units, present)
+            total = total + (present * self.part(part, hidden, units)).sum()
         return total
+
+
+def _power_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted power mean of exponent `UNIFORM_POWER`, shape `()`, scaled against overflow."""
+    largest = values.detach().max().clamp(min=1e-6)
+    powers = (values / largest).pow(UNIFORM_POWER)
+    mean = (weights * powers).sum() / weights.sum().clamp(min=1e-6)
+    return largest * mean.clamp(min=1e-12).pow(1 / UNIFORM_POWER)
 
 
 def _evaluate(terms: Monomials, counts: Mapping[Axis, Any]) -> Any:
@@ -139,22 +154,19 @@ class Budget:
 
 
 class Lagrangian(nn.Module):
-    """Multipliers of equality constraints: `lambda_1 r + lambda_2 r^2` per residual (CoFi).
+    """Multipliers of an equality constraint: `lambda_1 r + lambda_2 r^2` for a residual r (CoFi).
 
     The multipliers ascend their gradient, so the optimizer must maximise over them.
-
-    Args:
-        num_constraints: length of the residual vector.
     """
 
-    def __init__(self, num_constraints: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Parameter(torch.zeros(num_constraints))
-        self.quadratic = nn.Parameter(torch.zeros(num_constraints))
+        self.linear = nn.Parameter(torch.zeros(()))
+        self.quadratic = nn.Parameter(torch.zeros(()))
 
-    def forward(self, residuals: Tensor) -> Tensor:
-        """Penalty, shape `()`, for residuals `(num_constraints,)`."""
-        return (self.linear * residuals + self.quadratic * residuals.square()).sum()
+    def forward(self, residual: Tensor) -> Tensor:
+        """Penalty for a residual, both of shape `()`."""
+        return self.linear * residual + self.quadratic * residual.square()
 
 
 def complete(keep: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -175,33 +187,3 @@ def complete(keep: Mapping[str, Tensor], architecture: Architecture) -> dict[str
         name: keep[name].expand(shape) if name in keep else some.new_ones(shape)
         for name, shape in shapes.items()
     }
-
-
-def residuals(
-    keep: Mapping[str, Tensor],
-    architecture: Architecture,
-    cost: Cost,
-    budget: Budget,
-    target: float,
-    is_uniform: bool,
-) -> Tensor:
-    """Constraint residuals: expected sparsity minus target, then what uniformity demands.
-
-    Args:
-        keep: probabilities of the structures that have masks.
-        architecture: of the dense model.
-        cost: what the budget counts.
-        budget: gives the dense cost.
-        target: sparsity aimed at in this step.
-        is_uniform: add, per layer, the deviation of its unit count from the mean over layers
-            (the stock layout knows one count for all), as a share of the units.
-
-    Returns:
-        `(1,)`, or `(1 + 2 * num_layers,)` with uniformity; the first entry is `s - t`.
-    """
-    full = complete(keep, architecture)
-    gap = (1 - cost.expected(full) / budget.dense) - target
-    if not is_uniform:
-        return gap.reshape(1)
-    shares = [full[axis].mean(dim=1) for axis in (Axis.HEADS, Axis.FFN)]
-    return torch.cat([gap.reshape(1), *(share - share.mean() for share in shares)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from llm_vtrans.manifest import (
     dtype_name,
     kept_units,
     model_card,
+    read_masks,
     write_manifest,
     write_masks,
 )
@@ -181,15 +181,21 @@ class Job:
     def load(self) -> None:
         """Loads and rotates the model, builds the masks, restores an unfinished run."""
         saved, self.saved = self.saved, None
+        trained = self._trained_masks()
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
         self.perplexity["dense"] = self._heldout(model)
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
-                self._rotate(model, None if saved is None else extra_tensors(saved[1])["rotation"])
+                known = trained if saved is None else extra_tensors(saved[1])
+                self._rotate(model, known.get("rotation"))
         self.masked = MaskedModel(model, self.architecture)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
+        shapes |= {n[3:]: tuple(t.shape) for n, t in trained.items() if n.startswith("mu.")}
         masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(self.accelerator.device)
+        if trained:
+            masks.load_state_dict({name: trained[name] for name in masks.state_dict()})
+            self.first_step = self.settings.num_steps
         self.objective = MaskObjective(
             self.masked, masks, self.problem.cost, self.problem.budget, self.settings
         ).to(self.accelerator.device)
@@ -199,12 +205,30 @@ class Job:
             restore(tensors, self.objective, self.optimizer)
             self.reporter.say(f"resumed after step {self.first_step}")
         if self.accelerator.is_main_process:
-            self._open_state_folder()
+            self._open_state_folder(saved is not None)
 
-    def _open_state_folder(self) -> None:
+    def _trained_masks(self) -> dict[str, Tensor]:
+        """Tensors of the earlier run that `--masks` names, or none."""
+        if self.args.masks is None:
+            return {}
+        trained = read_masks(Path(self.args.masks), self.source.checkpoint.sha256())
+        structures = {n[3:] for n in trained if n.startswith("mu.")}
+        if structures != set(self.args.structures()):
+            raise UserError(
+                f"--masks {self.args.masks}: trained with --prune {','.join(sorted(structures))}; "
+                f"give the same instead of {self.args.prune}"
+            )
+        if ("rotation" in trained) != self.uses_rotation:
+            given = "pca" if "rotation" in trained else "none"
+            raise UserError(
+                f"--masks {self.args.masks}: trained with --rotate {given}; give it too"
+            )
+        return trained
+
+    def _open_state_folder(self, is_resumed: bool) -> None:
         """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
         folder = self.output.path / STATE_FOLDER
-        if self.first_step:
+        if is_resumed:
             truncate_metrics(folder, self.first_step)
         else:
             self._remove_state()
@@ -313,14 +337,20 @@ class Job:
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),
             )  # fmt: skip
-            context = {"arguments": json.dumps(asdict(args)), "architecture": args.layout}
-            write_masks(folder, self.objective.masks, plan_tensors(self.plan, self.basis), context)
+            write_masks(
+                folder,
+                self.objective.masks,
+                plan_tensors(self.plan, self.basis),
+                self.source.checkpoint.sha256(),
+            )
         with self.reporter.phase("score"):
             pruned = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
             ).to(self.accelerator.device)
             self.perplexity["pruned"] = self._heldout(pruned)
-        shutil.copyfile(self.output.path / STATE_FOLDER / METRICS_FILE, folder / METRICS_FILE)
+        metrics = self.output.path / STATE_FOLDER / METRICS_FILE
+        if metrics.is_file():  # there are none where `--masks` took the place of training
+            shutil.copyfile(metrics, folder / METRICS_FILE)
         manifest = self._manifest(folder, hashes)
         write_manifest(folder, manifest)
         (folder / CARD_FILE).write_text(model_card(manifest, self._figures(manifest)))

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.output_folder import MANIFEST_FILE
+from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
@@ -38,7 +38,7 @@ def kept_units(shape: Shape) -> dict[str, Any]:
 
 
 def write_masks(
-    folder: Path, masks: VIBMasks, plan: Mapping[str, Tensor], settings: dict[str, str]
+    folder: Path, masks: VIBMasks, plan: Mapping[str, Tensor], source_sha256: str
 ) -> None:
     """Writes mu and log_var of every structure, the plan and the rotation.
 
@@ -46,14 +46,15 @@ def write_masks(
         folder: to write into.
         masks: the trained masks.
         plan: `keep.*` flags and the rotation, if there is one.
-        settings: strings that a later export of another budget needs.
+        source_sha256: identity of the dense checkpoint.
     """
     tensors = dict(plan)
     for name in masks.names():
         tensors[f"mu.{name}"] = masks.mu[name].detach()
         tensors[f"log_var.{name}"] = masks.log_var[name].detach()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / MASKS_FILE, settings)
+    # One metadata key only: safetensors writes several in random order.
+    atomic_write_bytes(folder / MASKS_FILE, save(tensors, {"source": source_sha256}))
 
 
 def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
@@ -72,9 +73,13 @@ def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
             trained_on = (file.metadata() or {}).get("source")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: no usable masks ({error}); name a folder that prune wrote") from error
+        raise UserError(
+            f"{path}: no usable masks ({error}); name a folder that prune wrote"
+        ) from error
     if trained_on != source_sha256:
-        raise UserError(f"{path}: masks of another checkpoint; give the --model they were trained on")
+        raise UserError(
+            f"{path}: masks of another checkpoint; give the --model they were trained on"
+        )
     return tensors
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Cost, Lagrangian, complete, residuals
+from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis
-from llm_vtrans.masks import VIBMasks
+from llm_vtrans.masks import VIBMasks, keep_probability
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
@@ -80,8 +80,7 @@ class MaskObjective(nn.Module):
         super().__init__()
         self.masked, self.masks = masked, masks
         self.cost, self.budget, self.settings = cost, budget, settings
-        layers = masked.architecture.num_layers
-        self.lagrangian = Lagrangian(1 + 2 * layers if settings.is_uniform else 1)
+        self.lagrangian = Lagrangian()
 
     def forward(
         self, input_ids: Tensor, micro_batch: int, progress: float, target: float
@@ -102,11 +101,8 @@ class MaskObjective(nn.Module):
             teacher = self.masked(input_ids)
         self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
         distillation = distillation_loss(self.masked(input_ids), teacher)
-        keep = self.masks.keep_probability(sharpness_at(progress))
-        gaps = residuals(
-            keep, architecture, self.cost, self.budget, target, self.settings.is_uniform
-        )
-        penalty = self.lagrangian(gaps)
+        sparsity = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
+        penalty = self.lagrangian(sparsity - target)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
         loss = distillation + self.settings.kl_weight * kl + penalty
         return {
@@ -114,8 +110,13 @@ class MaskObjective(nn.Module):
             "distillation": distillation,
             "kl": kl,
             "penalty": penalty,
-            "sparsity": gaps[0] + target,
+            "sparsity": sparsity,
         }
+
+    def expected_sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Share of the dense cost that goes if units stay with these probabilities, shape `()`."""
+        full = complete(keep, self.masked.architecture)
+        return 1 - self.cost.expected(full, self.settings.is_uniform) / self.budget.dense
 
 
 def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -275,13 +276,11 @@ def _initial_sparsity(objective: MaskObjective) -> Tensor:
     Computed from the initial values and not the current ones, so that it is the same
     after a resume.
     """
-    masks, budget = objective.masks, objective.budget
     keep = {
-        name: torch.sigmoid(torch.full_like(mu, -SHARPNESS[0] * INITIAL_LOG_VAR))
-        for name, mu in masks.mu.items()
+        name: keep_probability(torch.full_like(mu, INITIAL_LOG_VAR), SHARPNESS[0])
+        for name, mu in objective.masks.mu.items()
     }
-    expected = objective.cost.expected(complete(keep, objective.masked.architecture))
-    return (1 - expected / budget.dense).detach()
+    return objective.expected_sparsity(keep).detach()
 
 
 def _collect(
@@ -300,8 +299,8 @@ def _collect(
     return {
         **metrics,
         "target": target,
-        "lambda_1": float(objective.lagrangian.linear[0].detach()),
-        "lambda_2": float(objective.lagrangian.quadratic[0].detach()),
+        "lambda_1": float(objective.lagrangian.linear.detach()),
+        "lambda_2": float(objective.lagrangian.quadratic.detach()),
     }
 
 

@@ -13,7 +13,6 @@ from llm_vtrans.budget import (
     dense_shape,
     mac_cost,
     parameter_cost,
-    residuals,
 )
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
 from llm_vtrans.masks import VIBMasks
@@ -106,11 +105,11 @@ def test_every_unit_has_a_gradient_at_the_start() -> None:
 @pytest.mark.parametrize("residual", [0.3, -0.3])
 def test_multipliers_raise_the_penalty_of_a_violation(residual: float) -> None:
     """They ascend: the penalty grows from zero, and it pushes the residual back to zero."""
-    lagrangian = Lagrangian(1)
+    lagrangian = Lagrangian()
     optimizer = torch.optim.Adam(lagrangian.parameters(), lr=0.1, maximize=True)
     penalties, pushes = [], []
     for _ in range(5):
-        gap = torch.tensor([residual], requires_grad=True)
+        gap = torch.tensor(residual, requires_grad=True)
         penalty = lagrangian(gap)
         penalties.append(float(penalty.detach()))
         optimizer.zero_grad()
@@ -123,28 +122,30 @@ def test_multipliers_raise_the_penalty_of_a_violation(residual: float) -> None:
 
 
 def test_a_met_constraint_leaves_the_multipliers() -> None:
-    lagrangian = Lagrangian(3)
-    lagrangian(torch.zeros(3)).backward()
+    lagrangian = Lagrangian()
+    lagrangian(torch.zeros(())).backward()
     for parameter in lagrangian.parameters():
         assert parameter.grad is not None and not bool(parameter.grad.any())
 
 
-@pytest.mark.parametrize("is_uniform", [False, True])
-def test_residuals(is_uniform: bool) -> None:
+def test_uniform_cost_looks_at_the_widest_layers() -> None:
+    """In the stock layout one count serves all layers: the expected one lies near the largest."""
     architecture = architecture_of("llama")
-    layers, cost = architecture.num_layers, parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    budget = Budget("params", dense // 2, dense)
-    ffn = torch.ones(layers, architecture.num_units[Axis.FFN], dtype=torch.float64)
-    ffn[0, :10] = 0
-    gaps = residuals({"ffn": ffn}, architecture, cost, budget, 0.25, is_uniform)
-    removed = 10 * 3 * architecture.num_units[Axis.HIDDEN]
-    assert float(gaps[0]) == pytest.approx(removed / dense - 0.25)
-    if not is_uniform:
-        assert len(gaps) == 1
-        return
-    assert gaps[1 : 1 + layers].tolist() == [0.0] * layers  # heads are whole everywhere
-    assert gaps[1 + layers :].tolist() == pytest.approx([-1 / 3, 1 / 6, 1 / 6])
+    layers, units = architecture.num_layers, architecture.num_units[Axis.FFN]
+    cost = parameter_cost(architecture)
+
+    def cost_of(shares: torch.Tensor, is_uniform: bool) -> torch.Tensor:
+        ffn = shares[:, None].expand(layers, units)
+        return cost.expected(complete({"ffn": ffn}, architecture), is_uniform)
+
+    same = torch.full((layers,), 0.5, dtype=torch.float64)
+    assert float(cost_of(same, True)) == pytest.approx(float(cost_of(same, False)))
+    shares = torch.linspace(0.2, 0.8, layers, dtype=torch.float64).requires_grad_()
+    widest = torch.full((layers,), 0.8, dtype=torch.float64)
+    found = cost_of(shares, True)
+    assert cost_of(shares, False) < found <= cost_of(widest, True) * (1 + 1e-9)
+    found.backward()
+    assert shares.grad is not None and bool((shares.grad.diff() > 0).all())
 
 
 def test_budget_sparsity() -> None:

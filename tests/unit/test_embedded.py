@@ -1,6 +1,7 @@
 """The embedded corpus splits cleanly, and the embedded model has learned from it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ from llm_vtrans.embedded import EMBEDDED_MODEL, corpus, pretrain
 SEQ_LEN = 256
 WINDOWS = 32
 MEGABYTE = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every tiny matrix crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def keys(documents: list[str]) -> list[str]:
