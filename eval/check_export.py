@@ -68,7 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="result of prune.py")
     parser.add_argument("--model", required=True, help="its dense checkpoint")
-    parser.add_argument("--python", default=sys.executable, help="interpreter that loads the result")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter that loads the result"
+    )
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     vocab_size = json.loads((args.run / "config.json").read_text())["vocab_size"]
