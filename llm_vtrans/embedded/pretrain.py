@@ -283,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--intermediate-size", type=int, default=352)
     add("--vocab-size", type=int, default=2048)
     add("--tie-embeddings", action="store_true", help="share the embedding with the output layer")
-    add("--max-positions", type=int, default=512, help="longest input in tokens")
+    add("--max-positions", type=int, default=256, help="longest input in tokens")
     add("--seq-len", type=int, default=256, help="training window in tokens")
     add("--batch-size", type=int, default=8, help="windows per step")
     add("--tokens-per-parameter", type=float, default=3.5, help="length of the training")
