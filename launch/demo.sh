@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
 # Explicit values keep accelerate from asking for a config file or warning about its absence.
-flags=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+# --quiet: our one-line errors are not followed by a traceback of the launcher.
+flags=(--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 threads=$(.venv/bin/python -c 'import torch
 print(0 if torch.cuda.is_available() else torch.get_num_threads())')
 if ((threads)); then

@@ -37,7 +37,7 @@ from llm_vtrans.families.base import (
 from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.shard_writer import ShardWriter
 
-CHUNK_BYTES = 64 * 2**20  # of a vocabulary matrix held in float32 at a time
+CHUNK_BYTES = 16 * 2**20  # of a vocabulary matrix held in float32 at a time
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
@@ -104,13 +104,11 @@ class Pruning:
             return self._transform(self.source.read(source_name), spec, layer).to(dtype)
         rows = info.shape[0]
         step = max(1, CHUNK_BYTES // (4 * (info.num_bytes // info.dtype.itemsize // rows)))
-        chunks = [
-            self._transform(
-                self.source.read_rows(source_name, start, min(start + step, rows)), spec, layer
-            ).to(dtype)
-            for start in range(0, rows, step)
-        ]
-        return torch.cat(chunks)
+        pruned = torch.empty(self.written_shape(spec, layer), dtype=dtype)
+        for start in range(0, rows, step):
+            part = self.source.read_rows(source_name, start, min(start + step, rows))
+            pruned[start : start + step] = self._transform(part, spec, layer)
+        return pruned
 
     def _transform(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         for index, dim in enumerate(spec.dims):  # units first: rotation then has less to do

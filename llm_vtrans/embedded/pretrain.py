@@ -264,8 +264,8 @@ def check_settings(settings: argparse.Namespace) -> None:
         raise UserError("--hidden-size must be an even multiple of --num-heads")
     if settings.num_heads % settings.num_kv_heads:
         raise UserError("--num-heads must be a multiple of --num-kv-heads")
-    if not 1 < settings.seq_len < settings.max_positions:
-        raise UserError("--seq-len must be at least 2 and below --max-positions")
+    if not 1 < settings.seq_len <= settings.max_positions:
+        raise UserError("--seq-len must be at least 2 and at most --max-positions")
     if settings.vocab_size < 257:
         raise UserError("--vocab-size must be at least 257: the bytes and the separator")
 
