@@ -226,7 +226,6 @@ def train(
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
     """
-    budget = objective.budget
     start = float(_initial_sparsity(objective))
     loader: DataLoader[Tensor] = DataLoader(
         windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
@@ -236,10 +235,11 @@ def train(
     model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     done = first_step * settings.gradient_accumulation
     batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
-    clock, logged = time.perf_counter(), first_step
+    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
+    meter = _Meter(settings.num_steps, batch * windows.shape[1], first_step)
     for step in range(first_step, settings.num_steps):
         progress = step / settings.num_steps
-        target = target_at(step, settings.num_steps, start, budget.sparsity)
+        target = target_at(step, settings.num_steps, start, objective.budget.sparsity)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - progress)
         for part in range(settings.gradient_accumulation):
             local = step * settings.gradient_accumulation + part
@@ -251,23 +251,27 @@ def train(
                 optimizer.zero_grad()
         num_done = step + 1
         if num_done % settings.log_every == 0 or num_done == settings.num_steps:
-            metrics = _collect(terms, target, objective, accelerator, num_done)
-            now = time.perf_counter()
-            rate = (num_done - logged) / (now - clock)
-            tokens = settings.batch_size * settings.gradient_accumulation * windows.shape[1]
-            report(
-                Progress(
-                    num_done,
-                    metrics,
-                    rate * tokens * accelerator.num_processes,
-                    (settings.num_steps - num_done) / rate,
-                )
-            )
-            clock, logged = now, num_done
+            report(meter.read(num_done, _collect(terms, target, objective, accelerator, num_done)))
         if num_done % settings.save_every == 0 and num_done < settings.num_steps:
             _check_finite(objective, num_done)
             save(num_done)
     _check_finite(objective, settings.num_steps)
+
+
+class _Meter:
+    """Rate of training since the last reading."""
+
+    def __init__(self, num_steps: int, tokens_per_step: int, first_step: int):
+        self._num_steps, self._tokens_per_step = num_steps, tokens_per_step
+        self._step, self._clock = first_step, time.perf_counter()
+
+    def read(self, step: int, metrics: dict[str, float]) -> Progress:
+        """Metrics of a step with tokens per second and the time that is left."""
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._clock)
+        self._step, self._clock = step, now
+        eta = (self._num_steps - step) / rate
+        return Progress(step, metrics, rate * self._tokens_per_step, eta)
 
 
 def _initial_sparsity(objective: MaskObjective) -> Tensor:
