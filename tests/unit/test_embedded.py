@@ -138,7 +138,7 @@ def test_script_pretrains_on_user_text(tmp_path: Path) -> None:
         (["--num-heads", "3"], "--hidden-size"),
         (["--num-kv-heads", "3"], "--num-kv-heads"),
         (["--seq-len", "512"], "--seq-len"),
-        (["--seq-len", "500", "--vocab-size", "100"], "--vocab-size"),
+        (["--seq-len", "200", "--vocab-size", "100"], "--vocab-size"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--output", "."], "exists"),
     ],

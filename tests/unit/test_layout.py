@@ -77,5 +77,5 @@ def test_no_path_of_a_machine(files: list[Path]) -> None:
 def test_the_pattern_of_paths() -> None:
     for user in ("home", "Users", "root"):
         assert MACHINE_PATH.search(f'open("/{user}/me/model")')
-    for harmless in ("#!/usr/bin/env bash", "num/work/s", "../work/x", "$HOME/work/x"):
+    for harmless in ("#!/usr/bin/env bash", "num/home/s", "../home/x", "$HOME/home/x"):
         assert not MACHINE_PATH.search(harmless)
