@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of eval/: the checkout need not be installed
 
-from llm_vtrans import per_layer_modeling
 from llm_vtrans.command import run_command
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
@@ -260,7 +259,6 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
 def run(arguments: list[str]) -> None:
     """Check everything, then score the models in turn, then report on rank 0."""
     args = parse(arguments)
-    per_layer_modeling.register()
     models = {"dense": args.baseline, "pruned": args.model}
     models = models if args.baseline else {"model": args.model}
     models = {k: str(EMBEDDED_MODEL) if m == "embedded" else m for k, m in models.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
     dtype_name,
+    figures,
     kept_units,
     model_card,
     read_masks,
@@ -48,7 +49,6 @@ from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
     command_line,
-    table,
     truncate_metrics,
     versions,
 )
@@ -304,7 +304,7 @@ class Job:
         masks = self.objective.masks
         with self.reporter.phase("allocate"):
             self.plan = allocate(masks, self.problem)
-            other = Problem(**{**vars(self.problem), "is_uniform": not self.problem.is_uniform})
+            other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["masked"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 self.perplexity["other_layout"] = self._masked_perplexity(allocate(masks, other))
@@ -353,8 +353,8 @@ class Job:
             shutil.copyfile(metrics, folder / METRICS_FILE)
         manifest = self._manifest(folder, hashes)
         write_manifest(folder, manifest)
-        (folder / CARD_FILE).write_text(model_card(manifest, self._figures(manifest)))
-        self.summary = self._figures(manifest)
+        self.summary = figures(manifest)
+        (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         shape, budget = self.plan.shape, self.problem.budget
@@ -395,22 +395,6 @@ class Job:
             "versions": versions(),
             "sha256": hashes,
         }  # fmt: skip
-
-    def _figures(self, manifest: dict[str, Any]) -> str:
-        def row(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
-            return name, text.format(before), text.format(after), f"{after / before:.3f}"
-
-        size, macs = manifest["bytes"], manifest["macs"]
-        params, perplexity = manifest["params"], manifest["perplexity"]
-        return table(
-            [
-                ("", "dense", "pruned", "ratio"),
-                row("parameters", params["before"], params["after"], "{:,}"),
-                row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
-                row("perplexity", perplexity["dense"], perplexity["pruned"], "{:.3f}"),
-                row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
-            ]
-        )
 
     def summarise(self) -> None:
         """Prints the table of dense against pruned and where the result lies."""

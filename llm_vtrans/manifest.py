@@ -16,6 +16,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
+from llm_vtrans.reporting import table
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
@@ -91,6 +92,25 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def figures(manifest: dict[str, Any]) -> str:
+    """The summary table of dense against pruned, as text."""
+
+    def row(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
+        return name, text.format(before), text.format(after), f"{after / before:.3f}"
+
+    size, macs = manifest["bytes"], manifest["macs"]
+    params, perplexity = manifest["params"], manifest["perplexity"]
+    return table(
+        [
+            ("", "dense", "pruned", "ratio"),
+            row("parameters", params["before"], params["after"], "{:,}"),
+            row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
+            row("perplexity", perplexity["dense"], perplexity["pruned"], "{:.3f}"),
+            row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
+        ]
+    )
 
 
 def model_card(manifest: dict[str, Any], figures: str) -> str:
