@@ -1,10 +1,11 @@
-"""Time of one mask-training step against a bare pass through the same frozen model.
+"""Time of one training step of each stage against a bare pass through the same frozen model.
 
     python eval/bench_step.py --model DIR [--batch-size 8 --seq-len 256 --rounds 10]
 
-Bare: teacher forward, forward, cross-entropy, backward to the embeddings. Step: the same
-with masks, distillation, KL, budget penalty and optimizer. Both run in turn in one process;
-medians and their ratio are printed, and where a step's time goes.
+Bare: teacher forward, forward, cross-entropy, backward to the embeddings. Search step: the
+same with masks, distillation, KL, budget penalty and optimizer. Tune step: the same with maps
+and factors. All run in turn in one process; medians and their ratios are printed, and where
+the time of a search step goes.
 """
 
 from __future__ import annotations
@@ -24,18 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget import Budget, complete, dense_shape, parameter_cost
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
-from llm_vtrans.training import (
-    INITIAL_LOG_VAR,
-    MaskObjective,
-    TrainingSettings,
-    distillation_loss,
-    initial_shapes,
-    make_optimizer,
-)
+from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
+from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
+from llm_vtrans.tuning import TuneObjective, Tuning
 
 T = TypeVar("T")
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
@@ -51,16 +47,18 @@ class Bench:
         cost = parameter_cost(architecture)
         dense = cost.of(dense_shape(architecture))
         self.model = load_model(source, dtype, self.device)
-        settings = TrainingSettings(1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
+        settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
+        tuning = Tuning(architecture, source.family.rotates)
+        tuning.attach(self.model, architecture)
+        masked = MaskedModel(self.model, architecture)
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
-        self.objective = MaskObjective(
-            MaskedModel(self.model, architecture),
-            masks,
-            cost,
-            Budget("params", dense // 2, dense),
-            settings,
+        self.objective = SearchObjective(
+            masked, masks, cost, Budget("params", dense // 2, dense), settings
         ).to(self.device)
-        self.optimizer = make_optimizer(self.objective, 0.1)
+        ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
+        self.tune_objective = TuneObjective(masked, tuning, ones, 0.0, settings).to(self.device)
+        self.optimizer = self.objective.optimizer()
+        self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)
         self.tokens = torch.randint(source.config.vocab_size, shape, device=self.device)
         self.seconds: dict[str, list[float]] = {}
@@ -80,6 +78,7 @@ class Bench:
 
     def bare(self) -> Tensor:
         """Teacher forward, forward, loss and backward without anything of ours."""
+        self.tune_objective.tuning.is_on = False
         self.objective.masked.set_gates(None)
         with torch.no_grad():
             self.model(input_ids=self.tokens, use_cache=False)
@@ -89,12 +88,21 @@ class Bench:
         loss.backward()
         return loss
 
-    def step(self) -> Tensor:
-        """A whole step as training does it."""
-        loss = self.objective(self.tokens, 0, 0.5, 0.5)["loss"]
+    def search_step(self) -> Tensor:
+        """A whole step of the mask search."""
+        self.tune_objective.tuning.is_on = False
+        return self._step(self.objective, self.optimizer, 0)
+
+    def tune_step(self) -> Tensor:
+        """A whole step of the tuning that follows."""
+        return self._step(self.tune_objective, self.tune_optimizer, 1)
+
+    def _step(self, objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
+        objective.schedule(optimizer, step)
+        loss: Tensor = objective(self.tokens, 0, step)["loss"]
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return loss
 
     def pieces(self) -> None:
@@ -138,21 +146,24 @@ def main() -> None:
     bench = Bench(args.model, args.batch_size, args.seq_len, getattr(torch, args.dtype))
     for _ in range(2):  # warm-up
         bench.bare()
-        bench.step()
+        bench.search_step()
+        bench.tune_step()
     for _ in range(args.rounds):  # in turn, so that both see the same machine
         bench.timed("bare", bench.bare)
-        bench.timed("step", bench.step)
+        bench.timed("search step", bench.search_step)
         bench.pieces()
+        bench.timed("tune step", bench.tune_step)
     middle = {name: median(times) for name, times in bench.seconds.items()}
-    step = middle["step"]
-    rows: list[tuple[str, ...]] = [("", "ms", "share of step")]
+    step = middle["search step"]
+    rows: list[tuple[str, ...]] = [("", "ms", "share of search step")]
     rows += [(n, f"{1e3 * t:.1f}", f"{100 * t / step:.1f}%") for n, t in middle.items()]
     print(
         f"{args.model}, batch {args.batch_size} x {args.seq_len} tokens, {args.dtype}, "
         f"{bench.device.type}, {torch.get_num_threads()} threads, median of {args.rounds}"
     )
     print(table(rows))
-    print(f"step / bare = {step / middle['bare']:.3f}")
+    print(f"search step / bare = {step / middle['bare']:.3f}")
+    print(f"tune step / bare = {middle['tune step'] / middle['bare']:.3f}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def allocate(masks: VIBMasks, problem: Problem) -> PrunePlan:
             name: keep_probability(alpha.double().cpu(), 1.0)
             for name, alpha in masks.log_alpha().items()
         }
-        gate = {name: masks.mu[name].float().cpu() for name in masks.names()}
+        gate = {name: masks.mu[name].detach().float().cpu() for name in masks.names()}
     return allocate_scores(scores, gate, problem)
 
 

@@ -50,6 +50,11 @@ class PruneArguments:
     )
     params: str | None = _option(None, "Parameters to keep at most, such as 3.4B or 4200000.")
     samples: int = _option(2400, "Calibration sequences to train on.")
+    tune_share: float = _option(
+        0.5,
+        "Share of the samples that is used after the units are picked, to tune the stream's basis "
+        "and a factor at every gate for them. 0: none.",
+    )
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
@@ -111,6 +116,8 @@ class PruneArguments:
             self._at_least("seq_len", 2)
         if self.round_to is not None:
             self._at_least("round_to", 1)
+        if not 0 <= self.tune_share < 1:
+            raise UserError(f"--tune-share must be in [0, 1), got {self.tune_share}")
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.kl_weight < float("inf"):

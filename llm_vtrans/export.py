@@ -2,7 +2,8 @@
 
 The exported dense network computes the same function as the hard-masked one:
 
-- gates are folded once, into the tensors that write to the residual stream;
+- gates and trained factors are folded once, into the tensors that write to the residual
+  stream and into the norms' weights;
 - a norm over `d'` of `d` dimensions sees `d / d'` times the mean square, so what writes
   to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The norm's
   epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.families.base import (
     Architecture,
     Axis,
+    Dim,
     Family,
     Stream,
     Sublayer,
     TensorSpec,
 )
-from llm_vtrans.rotation import rotate_tensor
+from llm_vtrans.rotation import Basis, rotate_tensor
 from llm_vtrans.shard_writer import ShardWriter
+from llm_vtrans.tuning import INPUT, OUTPUT, scale_name
 
 CHUNK_BYTES = 16 * 2**20  # of a vocabulary matrix held in float32 at a time
 COPIED = (
@@ -53,14 +56,16 @@ class Pruning:
         source: the dense shards.
         architecture: the table, after rotation if there is one.
         plan: kept units and gates.
-        basis: rotation `(hidden_size, hidden_size)` float32, or None.
+        basis: of the residual stream, or None.
+        scales: factors `(width,)` by `scale_name`; ones where missing.
         dtype: of the written tensors; None keeps each tensor's own.
     """
 
     source: Checkpoint
     architecture: Architecture
     plan: PrunePlan
-    basis: Tensor | None = None
+    basis: Basis | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
 
     def tensors(self) -> dict[str, tuple[str, TensorSpec, int | None]]:
@@ -120,7 +125,8 @@ class Pruning:
             kept = self.kept(Axis.HIDDEN, None)
             if self.basis is not None:
                 norm = self.source.read(spec.norm.format(layer)) if spec.norm else None
-                weight = rotate_tensor(weight, spec, self.basis[:, kept], norm)
+                basis = self.basis.read if spec.stream is Stream.READS else self.basis.write
+                weight = rotate_tensor(weight, spec, basis[:, kept], norm)
             else:
                 weight = weight.index_select(hidden, kept)
         return self._fold(weight, spec, layer)
@@ -130,27 +136,39 @@ class Pruning:
         return (self.kept(axis, layer)[:, None] * width + torch.arange(width)).flatten()
 
     def _fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
-        kept, gate = self.kept(Axis.HIDDEN, None), self.plan.gate
-        scale = sqrt(len(kept) / self.architecture.num_units[Axis.HIDDEN])
-        if spec.stream is Stream.SCALES:
-            is_shared = spec.name == self.architecture.final_norm and self.architecture.tied_head
-            undo = scale * gate[Axis.HIDDEN][kept] if is_shared else torch.ones(())
-            return weight / (scale * undo)
-        if spec.stream is not Stream.WRITES:
+        if spec.stream not in (Stream.WRITES, Stream.SCALES):
             return weight
         for index, dim in enumerate(spec.dims):
-            if dim.axis is None:
-                continue
-            factor = gate[dim.axis] if dim.axis is Axis.HIDDEN else gate[dim.axis][layer]
-            factor = factor[self.kept(dim.axis, layer)].repeat_interleave(
-                self.architecture.units_per(dim)
-            )
-            if dim.axis is Axis.HIDDEN:
-                factor = factor * scale
-                if spec.sublayer is not None:
-                    factor = factor * gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
-            weight = weight * factor.view([-1 if i == index else 1 for i in range(weight.dim())])
+            if dim.axis is not None:
+                factor = self._factor(dim.axis, dim, spec, layer)
+                factor = factor.view([-1 if i == index else 1 for i in range(weight.dim())])
+                weight = weight * factor
         return weight
+
+    def _factor(self, axis: Axis, dim: Dim, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What the kept entries of a writer's or a norm's dimension are multiplied by."""
+        entries = self._entries(axis, dim, layer)
+        module = spec.name.format(layer).rpartition(".")[0]
+        if axis is not Axis.HIDDEN:
+            gate = self.plan.gate[axis][layer].repeat_interleave(self.architecture.units_per(dim))
+            return (gate * self._scale(module, INPUT))[entries]
+        shrunk = sqrt(len(entries) / dim.size)
+        factor = self._scale(module, OUTPUT)
+        if spec.stream is Stream.SCALES:
+            if spec.name == self.architecture.final_norm and self.architecture.tied_head:
+                factor = factor / (shrunk * self._embedding_factor())
+            return (factor / shrunk).expand(dim.size)[entries]
+        factor = factor * self.plan.gate[Axis.HIDDEN] * shrunk
+        if spec.sublayer is not None:
+            factor = factor * self.plan.gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
+        return factor[entries]
+
+    def _embedding_factor(self) -> Tensor:
+        lookup = next(spec for spec in self.architecture.tensors if spec.is_lookup)
+        return self.plan.gate[Axis.HIDDEN] * self._scale(lookup.name.rpartition(".")[0], OUTPUT)
+
+    def _scale(self, module: str, side: str) -> Tensor:
+        return self.scales.get(scale_name(module, side), torch.ones(1))
 
 
 def export_weights(pruning: Pruning, folder: Path, shard_size: int) -> dict[str, str]:
@@ -219,9 +237,3 @@ def export_model(
         shutil.copyfile(loader, folder / loader.name)
     (folder / "config.json").write_text(json.dumps(pruned_config, indent=2, sort_keys=True) + "\n")
     return hashes
-
-
-def plan_tensors(plan: PrunePlan, basis: Tensor | None) -> Mapping[str, Tensor]:
-    """What `masks.safetensors` keeps of a plan beside the masks themselves."""
-    tensors = {f"keep.{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
-    return tensors if basis is None else {**tensors, "rotation": basis}

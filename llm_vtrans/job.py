@@ -23,7 +23,7 @@ from llm_vtrans.budget import Cost, dense_shape, mac_cost
 from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning, export_model, plan_tensors
+from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
@@ -32,6 +32,7 @@ from llm_vtrans.manifest import (
     figures,
     kept_units,
     model_card,
+    plan_tensors,
     read_masks,
     write_manifest,
     write_masks,
@@ -55,15 +56,14 @@ from llm_vtrans.reporting import (
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
 from llm_vtrans.scoring import token_perplexity
-from llm_vtrans.training import (
+from llm_vtrans.search import (
     INITIAL_LOG_VAR,
-    MaskObjective,
-    TrainingSettings,
+    SearchObjective,
     complete_layers,
     initial_shapes,
-    make_optimizer,
-    train,
 )
+from llm_vtrans.training import Objective, TrainingSettings, train
+from llm_vtrans.tuning import TuneObjective, Tuning
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
@@ -96,15 +96,15 @@ class Job:
     data: Calibration
     output: OutputFolder
     perplexity: dict[str, float] = field(default_factory=dict)
-    basis: Tensor | None = None
+    rotation: Tensor | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
-    objective: MaskObjective = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
+    masks: VIBMasks = field(init=False)
+    tuning: Tuning = field(init=False)
+    is_searched: bool = field(init=False)
     plan: PrunePlan = field(init=False)
-    first_step: int = 0
 
     @classmethod
     def prepare(cls, args: PruneArguments) -> Job:
@@ -179,33 +179,26 @@ class Job:
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
     def load(self) -> None:
-        """Loads and rotates the model, builds the masks, restores an unfinished run."""
-        saved, self.saved = self.saved, None
-        trained = self._trained_masks()
+        """Loads and rotates the model, hooks tuning and masks onto it."""
+        known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
         self.perplexity["dense"] = self._heldout(model)
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
-                known = trained if saved is None else extra_tensors(saved[1])
                 self._rotate(model, known.get("rotation"))
+        device = self.accelerator.device
+        self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
+        self.tuning.attach(model, self.architecture)
         self.masked = MaskedModel(model, self.architecture)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
-        shapes |= {n[3:]: tuple(t.shape) for n, t in trained.items() if n.startswith("mu.")}
-        masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(self.accelerator.device)
-        if trained:
-            masks.load_state_dict({name: trained[name] for name in masks.state_dict()})
-            self.first_step = self.settings.num_steps
-        self.objective = MaskObjective(
-            self.masked, masks, self.problem.cost, self.problem.budget, self.settings
-        ).to(self.accelerator.device)
-        self.optimizer = make_optimizer(self.objective, self.args.learning_rate)
-        if saved is not None:
-            self.first_step, tensors = saved
-            restore(tensors, self.objective, self.optimizer)
-            self.reporter.say(f"resumed after step {self.first_step}")
+        shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
+        self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
+        self.is_searched = any(name.startswith("mu.") for name in known)
+        if self.is_searched:
+            self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
         if self.accelerator.is_main_process:
-            self._open_state_folder(saved is not None)
+            self._open_state_folder()
 
     def _trained_masks(self) -> dict[str, Tensor]:
         """Tensors of the earlier run that `--masks` names, or none."""
@@ -225,11 +218,11 @@ class Job:
             )
         return trained
 
-    def _open_state_folder(self, is_resumed: bool) -> None:
+    def _open_state_folder(self) -> None:
         """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
         folder = self.output.path / STATE_FOLDER
-        if is_resumed:
-            truncate_metrics(folder, self.first_step)
+        if self.saved is not None:
+            truncate_metrics(folder, self.saved[0])
         else:
             self._remove_state()
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +243,7 @@ class Job:
             windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
             batches = list(windows.split(self.args.batch_size))
             basis = principal_basis(model, self.architecture, batches, lambda b: model(b))
-        self.basis = basis
+        self.rotation = basis
         rotate_model(model, self.architecture, basis)
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -275,44 +268,75 @@ class Job:
             "checkpoint": self.source.checkpoint.sha256(),
         }
 
-    def train(self) -> None:
-        """Trains the masks from `first_step` to the end."""
-        extra = {} if self.basis is None else {"rotation": self.basis}
-
-        def save(step: int) -> None:
-            if self.accelerator.is_main_process:
-                save_state(
-                    self.output.path, step, self.objective, self.optimizer, extra,
-                    self._fingerprint,
-                )  # fmt: skip
-
-        with self.reporter.phase("train"):
-            train(
-                self.objective,
-                self.optimizer,
-                self.data.train,
-                self.accelerator,
-                self.settings,
-                self.first_step,
-                lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
-                save,
-            )
-        save(self.settings.num_steps)
+    def search(self) -> None:
+        """Trains the masks, unless an earlier run did."""
+        if self.is_searched:
+            return
+        objective = SearchObjective(
+            self.masked, self.masks, self.problem.cost, self.problem.budget, self.settings
+        )
+        with self.reporter.phase("search"):
+            self._train(objective, self._record())
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
-        masks = self.objective.masks
         with self.reporter.phase("allocate"):
-            self.plan = allocate(masks, self.problem)
+            self.plan = allocate(self.masks, self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
-            self.perplexity["masked"] = self._masked_perplexity(self.plan)
+            self.perplexity["hardened"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                self.perplexity["other_layout"] = self._masked_perplexity(allocate(masks, other))
+                plan = allocate(self.masks, other)
+                self.perplexity["other_layout"] = self._masked_perplexity(plan)
+
+    def tune(self) -> None:
+        """Trains maps and factors for the units that stay."""
+        if not self.settings.tune_steps:
+            return
+        sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
+        objective = TuneObjective(
+            self.masked, self.tuning, self._hard_gates(self.plan), sparsity, self.settings
+        )
+        with self.reporter.phase("tune"):
+            self._train(objective, {**self._record(), **self.masks.state_dict()})
+            self.tuning.is_on = True
+            self.perplexity["tuned"] = self._masked_perplexity(self.plan)
+
+    def _record(self) -> dict[str, Tensor]:
+        """What a saved state needs besides a stage's own parameters."""
+        return {} if self.rotation is None else {"rotation": self.rotation}
+
+    def _train(self, objective: Objective, record: dict[str, Tensor]) -> None:
+        """Runs a stage from its beginning, or from the saved state."""
+        objective.to(self.accelerator.device)
+        optimizer = objective.optimizer()
+        first_step = objective.stage.start
+        if self.saved is not None:
+            first_step, tensors = self.saved
+            self.saved = None
+            restore(tensors, objective, optimizer)
+            self.reporter.say(f"resumed after step {first_step}")
+
+        def save(step: int) -> None:
+            if self.accelerator.is_main_process:
+                save_state(self.output.path, step, objective, optimizer, record, self._fingerprint)
+
+        train(
+            objective,
+            optimizer,
+            self.data.train,
+            self.accelerator,
+            self.settings,
+            first_step,
+            lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
+            save,
+        )
+
+    def _hard_gates(self, plan: PrunePlan) -> dict[str, Tensor]:
+        hard = {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
+        return complete_layers(hard, self.architecture)
 
     def _masked_perplexity(self, plan: PrunePlan) -> float:
-        device = self.accelerator.device
-        hard = {name: gate.to(device) for name, gate in plan.hard().items()}
-        self.masked.set_gates(complete_layers(hard, self.architecture))
+        self.masked.set_gates(self._hard_gates(plan))
         perplexity = self._heldout(self.masked.model)
         self.masked.set_gates(None)
         return perplexity
@@ -331,7 +355,10 @@ class Job:
     def _write(self, folder: Path) -> None:
         args = self.args
         dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-        pruning = Pruning(self.source.checkpoint, self.architecture, self.plan, self.basis, dtype)
+        pruning = Pruning(
+            self.source.checkpoint, self.architecture, self.plan,
+            self.tuning.basis(self.rotation), self.tuning.factors(), dtype,
+        )  # fmt: skip
         with self.reporter.phase("export"):
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
@@ -339,8 +366,8 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                self.objective.masks,
-                plan_tensors(self.plan, self.basis),
+                self.masks,
+                plan_tensors(self.plan, self.rotation, self.tuning),
                 self.source.checkpoint.sha256(),
             )
         with self.reporter.phase("score"):
@@ -383,7 +410,7 @@ class Job:
             },
             "kept": kept_units(shape),
             "layout": self.args.layout,
-            "rotation": "pca" if self.basis is not None else "none",
+            "rotation": "pca" if self.rotation is not None else "none",
             "perplexity": {
                 **self.perplexity,
                 "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "

@@ -12,11 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
 from llm_vtrans.reporting import table
+from llm_vtrans.tuning import Tuning
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
@@ -56,6 +58,13 @@ def write_masks(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # One metadata key only: safetensors writes several in random order.
     atomic_write_bytes(folder / MASKS_FILE, save(tensors, {"source": source_sha256}))
+
+
+def plan_tensors(plan: PrunePlan, rotation: Tensor | None, tuning: Tuning) -> dict[str, Tensor]:
+    """What `masks.safetensors` keeps beside the masks themselves."""
+    tensors = {f"keep.{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
+    tensors |= {f"tuning.{name}": value for name, value in tuning.state_dict().items()}
+    return tensors if rotation is None else {**tensors, "rotation": rotation}
 
 
 def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:

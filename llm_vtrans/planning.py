@@ -97,8 +97,11 @@ def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
             f"--samples {args.samples} does not fill one step of {batch} sequences on "
             f"{num_ranks} ranks: lower --batch-size"
         )
+    num_steps = args.samples // batch
+    tune_steps = int(args.tune_share * num_steps)
     return TrainingSettings(
-        num_steps=args.samples // batch,
+        search_steps=num_steps - tune_steps,
+        tune_steps=tune_steps,
         batch_size=args.batch_size,
         gradient_accumulation=args.gradient_accumulation,
         learning_rate=args.learning_rate,

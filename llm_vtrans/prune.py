@@ -31,8 +31,9 @@ def prune(arguments: list[str]) -> None:
     if args.dry_run:
         return
     job.load()
-    job.train()
+    job.search()
     job.allocate()
+    job.tune()
     job.export()
     job.summarise()
 

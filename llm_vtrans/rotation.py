@@ -11,12 +11,26 @@ instead of coordinates.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Directions of the residual stream, as columns of `(hidden_size, hidden_size)` float32.
+
+    Attributes:
+        write: what writes to the stream is projected onto these.
+        read: what reads from it sees coordinate i along direction i of these. After a plain
+            rotation both are the same orthogonal matrix.
+    """
+
+    write: Tensor
+    read: Tensor
 
 
 def rotated_architecture(architecture: Architecture) -> Architecture:
@@ -38,8 +52,8 @@ def rotate_tensor(
     Args:
         weight: of the dense model, any float dtype.
         spec: its row of the table.
-        basis: `Q` `(hidden_size, num_directions)`, orthonormal columns; column i is the new
-            direction i (fewer columns than rows truncate at once).
+        basis: `Q` `(hidden_size, num_directions)`; column i is the new direction i (fewer
+            columns than rows truncate at once).
         norm_weight: weight `(hidden_size,)` of the norm in front, for readers.
 
     Returns:

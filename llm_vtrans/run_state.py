@@ -13,19 +13,19 @@ from torch import Tensor
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.output_folder import atomic_write_bytes
-from llm_vtrans.training import MaskObjective
+from llm_vtrans.training import Objective
 
 STATE_FILE = "state/training.safetensors"
 
 
-def _trained(objective: MaskObjective) -> dict[str, torch.nn.Parameter]:
+def _trained(objective: Objective) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in objective.named_parameters() if p.requires_grad}
 
 
 def save_state(
     folder: Path,
     step: int,
-    objective: MaskObjective,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Tensor],
     fingerprint: dict[str, Any],
@@ -35,9 +35,10 @@ def save_state(
     Args:
         folder: of the run's output.
         step: optimizer steps done.
-        objective: masks and multipliers.
+        objective: the stage, whose trained parameters are saved.
         optimizer: over them.
-        extra: further tensors that a resumed run needs (the rotation).
+        extra: further tensors that a resumed run needs (the rotation, and
+            in the second stage the masks).
         fingerprint: settings that a resumed run must share.
     """
     tensors = {f"extra.{name}": tensor for name, tensor in extra.items()}
@@ -82,9 +83,9 @@ def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str
 
 
 def restore(
-    tensors: dict[str, Tensor], objective: MaskObjective, optimizer: torch.optim.Optimizer
+    tensors: dict[str, Tensor], objective: Objective, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts saved tensors back into masks, multipliers and optimizer."""
+    """Puts saved tensors back into the stage's parameters and optimizer."""
     for name, parameter in _trained(objective).items():
         with torch.no_grad():
             parameter.copy_(tensors[f"parameter.{name}"])

@@ -1,4 +1,4 @@
-"""TRAIN: mask-only finetuning (Faster-VTrans) on `accelerate`.
+"""The training loop that both stages share, on `accelerate`.
 
 The weights are frozen; the teacher is the same network with its masks off. Noise and
 data order are functions of the seed and the global micro-batch number alone, so a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import Architecture, Axis
-from llm_vtrans.masks import VIBMasks, keep_probability
 
-SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
-INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
-MULTIPLIER_LEARNING_RATE = 0.1
 UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
 
@@ -36,7 +29,8 @@ class TrainingSettings:
     """Numbers of the training loop.
 
     Attributes:
-        num_steps: optimizer steps.
+        search_steps: optimizer steps that train the masks.
+        tune_steps: steps after them, with the kept units fixed.
         batch_size: windows per rank and micro-batch.
         gradient_accumulation: micro-batches per step and rank.
         learning_rate: of the masks, decaying linearly to zero.
@@ -47,7 +41,8 @@ class TrainingSettings:
         is_uniform: stock layout: every layer keeps the same counts.
     """
 
-    num_steps: int
+    search_steps: int
+    tune_steps: int
     batch_size: int
     gradient_accumulation: int
     learning_rate: float
@@ -57,73 +52,33 @@ class TrainingSettings:
     save_every: int
     is_uniform: bool
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of both stages."""
+        return self.search_steps + self.tune_steps
 
-class MaskObjective(nn.Module):
-    """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
-    Args:
-        masked: frozen model with hooks.
-        masks: the trained gates.
-        cost: what the budget counts.
-        budget: the target.
-        settings: of the loop.
+class Objective(nn.Module):
+    """One stage of training: its loss, and what it trains.
+
+    `stage` is the range of global steps that the stage covers. `forward(input_ids,
+    micro_batch, step)` gives the terms of one micro-batch, each of shape `()`, among
+    them `loss`.
     """
 
-    def __init__(
-        self,
-        masked: MaskedModel,
-        masks: VIBMasks,
-        cost: Cost,
-        budget: Budget,
-        settings: TrainingSettings,
-    ):
-        super().__init__()
-        self.masked, self.masks = masked, masks
-        self.cost, self.budget, self.settings = cost, budget, settings
-        self.lagrangian = Lagrangian()
+    stage: range
 
-    def forward(
-        self, input_ids: Tensor, micro_batch: int, progress: float, target: float
-    ) -> dict[str, Tensor]:
-        """Loss terms, each of shape `()`.
+    def progress(self, step: int) -> float:
+        """Share of the stage that is done before a global step, in [0, 1)."""
+        return (step - self.stage.start) / len(self.stage)
 
-        Args:
-            input_ids: tokens `(batch, seq)`.
-            micro_batch: global number of this micro-batch; with the seed it decides the noise.
-            progress: share of training done, in [0, 1).
-            target: sparsity aimed at in this step.
-        """
-        architecture = self.masked.architecture
-        generator = torch.Generator(input_ids.device)
-        generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teacher = self.masked(input_ids)
-        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
-        distillation = distillation_loss(self.masked(input_ids), teacher)
-        sparsity = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
-        penalty = self.lagrangian(sparsity - target)
-        kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
-        loss = distillation + self.settings.kl_weight * kl + penalty
-        return {
-            "loss": loss,
-            "distillation": distillation,
-            "kl": kl,
-            "penalty": penalty,
-            "sparsity": sparsity,
-        }
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Fresh optimizer over the stage's parameters."""
+        raise NotImplementedError
 
-    def expected_sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """Share of the dense cost that goes if units stay with these probabilities, shape `()`."""
-        full = complete(keep, self.masked.architecture)
-        return 1 - self.cost.expected(full, self.settings.is_uniform) / self.budget.dense
-
-
-def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Broadcasts a whole-layer gate `(L, 1)` to both sub-layers."""
-    if "layers" not in gates:
-        return gates
-    return {**gates, "layers": gates["layers"].expand(architecture.num_layers, 2)}
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets the learning rates of a global step."""
+        raise NotImplementedError
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -139,49 +94,6 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     log_student = F.log_softmax(student.float().flatten(0, 1), dim=-1)
     log_teacher = F.log_softmax(teacher.float().flatten(0, 1), dim=-1)
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-
-
-def sharpness_at(progress: float) -> float:
-    """Sharpness of the keep probability after a share of training."""
-    first, last = SHARPNESS
-    return first * (last / first) ** progress
-
-
-def target_at(step: int, num_steps: int, start: float, target: float) -> float:
-    """Sparsity aimed at: linear from where training starts to the budget, then constant.
-
-    The warm-up takes 10% of the steps, 20% above 60% sparsity (METHOD, section 3).
-    """
-    warmup = max(1, math.ceil(num_steps * (0.2 if target > 0.6 else 0.1)))
-    return start + (target - start) * min(1.0, step / warmup)
-
-
-def initial_shapes(
-    architecture: Architecture, prune: tuple[str, ...], is_uniform: bool
-) -> dict[str, tuple[int, ...]]:
-    """Mask shapes of the structures to prune; in the stock layout layers go as a whole."""
-    layers, units = architecture.num_layers, architecture.num_units
-    shapes = {
-        Axis.HIDDEN.value: (units[Axis.HIDDEN],),
-        Axis.HEADS.value: (layers, units[Axis.HEADS]),
-        Axis.FFN.value: (layers, units[Axis.FFN]),
-        "layers": (layers, 1 if is_uniform else 2),
-    }
-    return {name: shapes[name] for name in prune}
-
-
-def make_optimizer(objective: MaskObjective, learning_rate: float) -> torch.optim.Adam:
-    """Adam that minimises over the masks and maximises over the multipliers."""
-    return torch.optim.Adam(
-        [
-            {"params": list(objective.masks.parameters()), "lr": learning_rate},
-            {
-                "params": list(objective.lagrangian.parameters()),
-                "lr": MULTIPLIER_LEARNING_RATE,
-                "maximize": True,
-            },
-        ]
-    )
 
 
 @dataclass
@@ -202,7 +114,7 @@ class Progress:
 
 
 def train(
-    objective: MaskObjective,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     windows: Tensor,
     accelerator: Accelerator,
@@ -211,22 +123,21 @@ def train(
     report: Callable[[Progress], None],
     save: Callable[[int], None],
 ) -> None:
-    """Trains the masks in place.
+    """Runs one stage; its parameters change in place.
 
     Args:
-        objective: loss; its masks and multipliers are trained.
-        optimizer: from `make_optimizer`, with its state if the run is resumed.
-        windows: tokens `(num_samples, seq_len)`, in the order in which they are used.
+        objective: loss of the stage.
+        optimizer: from the objective, with its state if the run is resumed.
+        windows: tokens `(num_samples, seq_len)` of the whole run, in the order of use.
         accelerator: made with the settings' gradient accumulation.
         settings: of the loop.
-        first_step: steps that are done already.
+        first_step: global steps that are done already.
         report: called on every rank after each logged step.
-        save: called on every rank when a state is due.
+        save: called on every rank when a state is due, and at the end of the stage.
 
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
     """
-    start = float(_initial_sparsity(objective))
     loader: DataLoader[Tensor] = DataLoader(
         windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
         batch_size=settings.batch_size,
@@ -237,25 +148,23 @@ def train(
     batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     meter = _Meter(settings.num_steps, batch * windows.shape[1], first_step)
-    for step in range(first_step, settings.num_steps):
-        progress = step / settings.num_steps
-        target = target_at(step, settings.num_steps, start, objective.budget.sparsity)
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - progress)
+    for step in range(first_step, objective.stage.stop):
+        objective.schedule(optimizer, step)
         for part in range(settings.gradient_accumulation):
             local = step * settings.gradient_accumulation + part
             number = local * accelerator.num_processes + accelerator.process_index
             with accelerator.accumulate(model):
-                terms = model(next(batches), number, progress, target)
+                terms = model(next(batches), number, step)
                 accelerator.backward(terms["loss"])
                 optimizer.step()
                 optimizer.zero_grad()
         num_done = step + 1
-        if num_done % settings.log_every == 0 or num_done == settings.num_steps:
-            report(meter.read(num_done, _collect(terms, target, objective, accelerator, num_done)))
-        if num_done % settings.save_every == 0 and num_done < settings.num_steps:
+        is_last = num_done == objective.stage.stop
+        if num_done % settings.log_every == 0 or is_last:
+            report(meter.read(num_done, _collect(terms, accelerator, num_done)))
+        if num_done % settings.save_every == 0 or is_last:
             _check_finite(objective, num_done)
             save(num_done)
-    _check_finite(objective, settings.num_steps)
 
 
 class _Meter:
@@ -274,41 +183,17 @@ class _Meter:
         return Progress(step, metrics, rate * self._tokens_per_step, eta)
 
 
-def _initial_sparsity(objective: MaskObjective) -> Tensor:
-    """Expected sparsity of freshly started masks: where the target's warm-up begins.
-
-    Computed from the initial values and not the current ones, so that it is the same
-    after a resume.
-    """
-    keep = {
-        name: keep_probability(torch.full_like(mu, INITIAL_LOG_VAR), SHARPNESS[0])
-        for name, mu in objective.masks.mu.items()
-    }
-    return objective.expected_sparsity(keep).detach()
-
-
-def _collect(
-    terms: dict[str, Tensor],
-    target: float,
-    objective: MaskObjective,
-    accelerator: Accelerator,
-    step: int,
-) -> dict[str, float]:
+def _collect(terms: dict[str, Tensor], accelerator: Accelerator, step: int) -> dict[str, float]:
     names = list(terms)
     values: Any = accelerator.reduce(torch.stack([terms[n].detach() for n in names]), "mean")
     metrics = dict(zip(names, values.tolist(), strict=True))
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"step {step}: {name} is {value}; {UNSTABLE}")
-    return {
-        **metrics,
-        "target": target,
-        "lambda_1": float(objective.lagrangian.linear.detach()),
-        "lambda_2": float(objective.lagrangian.quadratic.detach()),
-    }
+    return metrics
 
 
-def _check_finite(objective: MaskObjective, step: int) -> None:
+def _check_finite(objective: nn.Module, step: int) -> None:
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise UserError(f"step {step}: {name} became NaN or infinite; {UNSTABLE}")

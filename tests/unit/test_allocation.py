@@ -12,7 +12,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Sublayer, family_for
 from llm_vtrans.families.base import UNIT_AXIS
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.training import initial_shapes
+from llm_vtrans.search import initial_shapes
 
 LAYERS, HIDDEN, FFN, HEADS = 6, 96, 404, 8  # 404 is no multiple of 8
 ARCHITECTURE = family_for("llama").describe(

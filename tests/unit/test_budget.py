@@ -16,7 +16,7 @@ from llm_vtrans.budget import (
 )
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.training import (
+from llm_vtrans.search import (
     INITIAL_LOG_VAR,
     SHARPNESS,
     initial_shapes,

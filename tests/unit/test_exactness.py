@@ -1,4 +1,4 @@
-"""The exported network is the hard-masked one: functions, counts, layouts, caches."""
+"""The exported network is the hard-masked, tuned one: functions, counts, layouts, caches."""
 
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.loading import load_model, open_source, untie_head
 from llm_vtrans.rotation import rotate_model, rotated_architecture
+from llm_vtrans.tuning import Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
@@ -57,6 +58,18 @@ def random_plan(architecture: Architecture, is_uniform: bool, seed: int) -> Prun
 
 
 @torch.no_grad()
+def random_tuning(architecture: Architecture, is_rotated: bool, seed: int) -> Tuning:
+    """Maps near the identity and factors far from one, as training may leave them."""
+    draw = torch.Generator().manual_seed(seed)
+    tuning = Tuning(architecture, is_rotated)
+    for matrix in tuning.maps.values():
+        matrix += 0.1 * torch.randn(matrix.shape, generator=draw)
+    for factor in tuning.scales.values():
+        factor.copy_(0.5 + torch.rand(factor.shape, generator=draw))
+    return tuning
+
+
+@torch.no_grad()
 def check_exact(folder: Path, out: Path, is_uniform: bool, is_rotated: bool, seed: int) -> None:
     source = open_source(str(folder))
     architecture, basis = source.architecture, None
@@ -73,10 +86,14 @@ def check_exact(folder: Path, out: Path, is_uniform: bool, is_rotated: bool, see
         rotate_model(model, architecture, basis)
         assert relative(model(tokens).logits, dense) < TOLERANCE
     plan = random_plan(architecture, is_uniform, seed)
+    tuning = random_tuning(architecture, is_rotated, seed)
+    tuning.attach(model, architecture)
     masked = MaskedModel(model, architecture)
+    assert masked(tokens).equal(model(tokens).logits)  # neither gates nor tuning are on
     masked.set_gates(plan.hard())
+    tuning.is_on = True
     expected = masked(tokens)
-    pruning = Pruning(source.checkpoint, architecture, plan, basis)
+    pruning = Pruning(source.checkpoint, architecture, plan, tuning.basis(basis), tuning.factors())
     export_model(pruning, source.family, source.config, is_uniform, out, 10**9)
     # Eager attention: the FLOP counter does not see the fused CPU kernel.
     exported = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()

@@ -1,0 +1,151 @@
+"""SEARCH: VIB masks learn, under the budget, which units the frozen network can spare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
+from llm_vtrans.families.base import Architecture, Axis
+from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
+
+SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the stage
+INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
+MULTIPLIER_LEARNING_RATE = 0.1
+
+
+class SearchObjective(Objective):
+    """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
+
+    Args:
+        masked: frozen model with hooks.
+        masks: the trained gates.
+        cost: what the budget counts.
+        budget: the target.
+        settings: of the loop.
+    """
+
+    def __init__(
+        self,
+        masked: MaskedModel,
+        masks: VIBMasks,
+        cost: Cost,
+        budget: Budget,
+        settings: TrainingSettings,
+    ):
+        super().__init__()
+        self.masked, self.masks = masked, masks
+        self.cost, self.budget, self.settings = cost, budget, settings
+        self.lagrangian = Lagrangian()
+        self.stage = range(settings.search_steps)
+        self._start = float(self._initial_sparsity())
+
+    def forward(self, input_ids: Tensor, micro_batch: int, step: int) -> dict[str, Tensor]:
+        """Loss terms, each of shape `()`.
+
+        Args:
+            input_ids: tokens `(batch, seq)`.
+            micro_batch: global number of this micro-batch; with the seed it decides the noise.
+            step: global step.
+        """
+        architecture = self.masked.architecture
+        generator = torch.Generator(input_ids.device)
+        generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
+        self.masked.set_gates(None)
+        with torch.no_grad():
+            teacher = self.masked(input_ids)
+        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
+        distillation = distillation_loss(self.masked(input_ids), teacher)
+        keep = self.masks.keep_probability(sharpness_at(self.progress(step)))
+        sparsity = self.expected_sparsity(keep)
+        target = target_at(step, len(self.stage), self._start, self.budget.sparsity)
+        penalty = self.lagrangian(sparsity - target)
+        kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
+        loss = distillation + self.settings.kl_weight * kl + penalty
+        return {
+            "loss": loss,
+            "distillation": distillation,
+            "kl": kl,
+            "penalty": penalty,
+            "sparsity": sparsity,
+            "target": sparsity.new_tensor(target),
+            "lambda_1": self.lagrangian.linear,
+            "lambda_2": self.lagrangian.quadratic,
+        }
+
+    def expected_sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Share of the dense cost that goes if units stay with these probabilities, shape `()`."""
+        full = complete(keep, self.masked.architecture)
+        return 1 - self.cost.expected(full, self.settings.is_uniform) / self.budget.dense
+
+    @torch.no_grad()
+    def _initial_sparsity(self) -> Tensor:
+        """Expected sparsity of fresh masks: where the target's warm-up begins.
+
+        Computed from the initial values and not the current ones, so that it is the same
+        after a resume.
+        """
+        keep = {
+            name: keep_probability(torch.full_like(mu, INITIAL_LOG_VAR), SHARPNESS[0])
+            for name, mu in self.masks.mu.items()
+        }
+        return self.expected_sparsity(keep)
+
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam that minimises over the masks and maximises over the multipliers."""
+        return torch.optim.Adam(
+            [
+                {"params": list(self.masks.parameters()), "lr": self.settings.learning_rate},
+                {
+                    "params": list(self.lagrangian.parameters()),
+                    "lr": MULTIPLIER_LEARNING_RATE,
+                    "maximize": True,
+                },
+            ]
+        )
+
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Lets the masks' rate decay linearly to zero; the multipliers keep theirs."""
+        rate = self.settings.learning_rate * (1 - self.progress(step))
+        optimizer.param_groups[0]["lr"] = rate
+
+
+def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Broadcasts a whole-layer gate `(L, 1)` to both sub-layers."""
+    if "layers" not in gates:
+        return gates
+    return {**gates, "layers": gates["layers"].expand(architecture.num_layers, 2)}
+
+
+def sharpness_at(progress: float) -> float:
+    """Sharpness of the keep probability after a share of the stage."""
+    first, last = SHARPNESS
+    return first * (last / first) ** progress
+
+
+def target_at(step: int, num_steps: int, start: float, target: float) -> float:
+    """Sparsity aimed at: linear from where training starts to the budget, then constant.
+
+    The warm-up takes 10% of the steps, 20% above 60% sparsity (METHOD, section 3).
+    """
+    warmup = max(1, math.ceil(num_steps * (0.2 if target > 0.6 else 0.1)))
+    return start + (target - start) * min(1.0, step / warmup)
+
+
+def initial_shapes(
+    architecture: Architecture, prune: tuple[str, ...], is_uniform: bool
+) -> dict[str, tuple[int, ...]]:
+    """Mask shapes of the structures to prune; in the stock layout layers go as a whole."""
+    layers, units = architecture.num_layers, architecture.num_units
+    shapes = {
+        Axis.HIDDEN.value: (units[Axis.HIDDEN],),
+        Axis.HEADS.value: (layers, units[Axis.HEADS]),
+        Axis.FFN.value: (layers, units[Axis.FFN]),
+        "layers": (layers, 1 if is_uniform else 2),
+    }
+    return {name: shapes[name] for name in prune}
