@@ -9,6 +9,8 @@ bias (its baseline bias compensation).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -111,8 +113,8 @@ def compensate(network: Network, pruning: Pruning, model: PreTrainedModel) -> in
         keep = pruning.plan.keep[axis][layer]
         width = weight.shape[1] // len(keep)
         lost = lost_output(weight, network.moments[name].mean, keep.repeat_interleave(width))
-        module = model.get_submodule(written.removesuffix(".weight"))
-        bias = (scale * lost[hidden]).to(module.weight)  # type: ignore[arg-type]
+        module: Any = model.get_submodule(written.removesuffix(".weight"))
+        bias = (scale * lost[hidden]).to(module.weight)
         if module.bias is None:
             module.bias = nn.Parameter(bias)
             num_added += len(bias)

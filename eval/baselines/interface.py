@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Case:
     Attributes:
         source: the dense checkpoint.
         windows: calibration tokens `(num_windows, seq_len)` that a selection looks at.
-        heldout: calibration tokens `(num_heldout, seq_len)` on which it chooses among candidates.
+        heldout: further ones `(num_heldout, seq_len)`, on which it chooses among candidates.
         sparsity: share of all parameters to remove.
         is_uniform: stock layout: one shape for all layers.
         seed: of random draws; the windows were drawn with it too.
@@ -74,17 +75,18 @@ class Pruned:
     Attributes:
         model: in float32, on the case's device.
         num_params: all its parameters, what a method adds included.
-        added_macs: multiply-accumulates per token that its plan's shape does not show.
-        pruning: plan and rotation; None where no plan describes the model.
+        pruning: plan and rotation behind it.
+        added_macs: multiply-accumulates per token that the plan's shape does not show.
         note: what a reader of the table has to know.
+        earlier: seconds and peak memory of work that was done before and is shared.
     """
 
     model: PreTrainedModel
     num_params: int
     pruning: Pruning
-    is_plain: bool = True
     added_macs: int = 0
     note: str = ""
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -57,7 +57,7 @@ class SliceGPT:
         model = sliced_model(case, pruning, bases).to(case.device)  # type: ignore[arg-type]
         extra = 2 * architecture.num_layers * size**2
         num_params = problem.cost.of(plan.shape) + extra
-        return Pruned(model, num_params, pruning, is_plain=False, added_macs=extra, note=NOTE)
+        return Pruned(model, num_params, pruning, added_macs=extra, note=NOTE)
 
 
 def sliced_size(problem: Problem) -> int:

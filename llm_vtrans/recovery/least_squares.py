@@ -18,8 +18,9 @@ stream of all windows and what one dense layer writes to it, and the moments of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,12 +53,8 @@ class Moments:
     @classmethod
     def empty(cls, num_inputs: int, num_outputs: int, device: torch.device) -> Moments:
         """No token seen."""
-        new = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(num_inputs, num_inputs, **new),  # type: ignore[arg-type]
-            torch.zeros(num_outputs, num_inputs, **new),  # type: ignore[arg-type]
-            torch.zeros((), **new),  # type: ignore[arg-type]
-        )
+        new = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(new(num_inputs, num_inputs), new(num_outputs, num_inputs), new(()))
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Adds tokens: inputs `(tokens, in)`, targets `(tokens, out)`."""
@@ -186,7 +183,7 @@ def recover(
             _solve_writer(
                 writer,
                 [batch[place] for batch in targets],
-                lambda number, layer=layer: pruned_layers.run(layer, pruned_stream[number]),  # type: ignore[misc]
+                [partial(pruned_layers.run, layer, stream) for stream in pruned_stream],
             )
         pruned_stream = [pruned_layers.run(layer, stream) for stream in pruned_stream]
     return pruned
@@ -203,22 +200,20 @@ def stream_map(pruning: Pruning, device: torch.device) -> Callable[[Tensor], Ten
     return lambda y: y.float() @ columns
 
 
-def _solve_writer(
-    writer: _Writer, targets: list[Tensor], run_pruned: Callable[[int], object]
-) -> None:
+def _solve_writer(writer: _Writer, targets: list[Tensor], runs: list[Callable[[], object]]) -> None:
     """Collects the moments of one matrix over all batches and replaces its weight.
 
     Args:
         writer: the matrix.
         targets: what it should write, `(tokens, d')` for each batch.
-        run_pruned: passes the batch of this number through the pruned layer.
+        runs: pass each batch through the pruned layer.
     """
     exported = writer.exported()
     num_outputs, num_inputs = exported.shape
     train, heldout = (Moments.empty(num_inputs, num_outputs, exported.device) for _ in range(2))
-    for number, target in enumerate(targets):
+    for number, (target, run) in enumerate(zip(targets, runs, strict=True)):
         with _observed(writer.pruned) as seen:
-            run_pruned(number)
+            run()
         moments = heldout if number % HELDOUT_SHARE == HELDOUT_SHARE - 1 else train
         moments.add(writer.inputs(seen[0][0]), target)
     writer.write(solve(train, heldout, exported))
@@ -303,15 +298,13 @@ def _enter(model: nn.Module, path: str, batches: list[Tensor]) -> tuple[_Layers,
             for layer in layers:
                 handle = layer.register_forward_pre_hook(observe, with_kwargs=True)
                 stack.callback(handle.remove)
-            try:
-                model(input_ids=batch, use_cache=False)
-            except _FirstLayerReached:
-                pass
+            stack.enter_context(suppress(_FirstLayerReached))
+            model(input_ids=batch, use_cache=False)
         (stream, *_), _ = calls[0]
         streams.append(stream)
         arguments.setdefault(len(batch), [(args[1:], kwargs) for args, kwargs in calls])
     return _Layers(layers, arguments), streams
 
 
-class _FirstLayerReached(Exception):  # noqa: N818  # a signal, not an error
+class _FirstLayerReached(Exception):  # a signal, not an error
     """Ends a pass of which only the first layer's input was wanted."""
