@@ -1,133 +1,244 @@
-"""Baselines at the same budget: random units and units by weight magnitude.
+"""Compare methods of structured pruning at the same budget, in one table and one plot per metric.
 
-    python eval/compare.py --model DIR --data TEXT --text TEXT --sparsity 0.2 0.5 [--run RUN ...]
+    python eval/compare.py --model M --data D --sparsity 0.2 0.35 0.5 0.7 --methods all \
+        --output report/ [--seeds 0 1 2] [--layout both] [--recover none least-squares lora]
 
-Selections are made on the same groups, under the same budget over all parameters and the
-same layouts as the main job, and scored by the same token-level perplexity. A `--run` is a
-result of `prune.py`, loaded by stock `transformers`.
+Every method sees the same groups, calibration windows and budget over ALL parameters, is
+exported by the same code and scored by the same protocol, with hyperparameters that are the
+same for every model and budget. `ours` is the product's own job. Every cell (method, sparsity,
+layout, recovery, seed) runs in a process of its own and leaves one file in `OUTPUT/cells`:
+a rerun computes what is missing, and a cell that dies leaves the others alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of eval/: the checkout need not be installed
 
-import torch
+from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from llm_vtrans.allocation import Problem, allocate_scores
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.loading import Source, load_model, load_tokenizer, open_source
-from llm_vtrans.output_folder import MANIFEST_FILE
-from llm_vtrans.reporting import table
-from llm_vtrans.scoring import text_windows, token_perplexity
+from eval.baselines import BASELINES
+from eval.comparison import plots, report
+from eval.comparison.cell import (
+    CHOICE_WINDOWS,
+    DENSE,
+    NO_RECOVERY,
+    OURS,
+    SCRATCH_PREFIX,
+    SELECTION_WINDOWS,
+    Cell,
+    Settings,
+    method_of,
+    run_cell,
+    windows_file,
+)
+from eval.comparison.overlap import check_apart
+from eval.score import Parser, positive
+from llm_vtrans.calibration import TextSource, calibrate
+from llm_vtrans.command import run_command
+from llm_vtrans.errors import UserError
+from llm_vtrans.loading import EMBEDDED, Source, load_tokenizer, open_source
+from llm_vtrans.output_folder import atomic_write_bytes
+from llm_vtrans.recovery import recovery_for
+from llm_vtrans.scoring import text_documents, text_windows
 
-UNITS = (Axis.HIDDEN, Axis.HEADS, Axis.FFN)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks over a structure in (0, 1): one threshold then keeps one share of every structure."""
-    flat = values.flatten().argsort(stable=True).argsort(stable=True).double()
-    return ((flat + 0.5) / flat.numel()).view_as(values)
-
-
-def random_scores(architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """Every unit has an independent uniform score."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = unit_shapes(architecture)
-    return {n: ranks(torch.rand(shape, generator=generator)) for n, shape in shapes.items()}
-
-
-def unit_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of the units of each structure."""
-    units, layers = architecture.num_units, architecture.num_layers
-    return {a.value: ((layers,) if a is not Axis.HIDDEN else ()) + (units[a],) for a in UNITS}
+PRELOADED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "safetensors"]
 
 
-def magnitude_scores(source: Source) -> dict[str, Tensor]:
-    """Root mean square of all weights of a unit."""
-    architecture = source.architecture
-    shapes = unit_shapes(architecture)
-    squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    counts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    for name, (spec, layer) in architecture.named_tensors().items():
-        weight = source.checkpoint.read(name).double()
-        for index, dim in enumerate(spec.dims):
-            if dim.axis is None:
-                continue
-            rows = weight.movedim(index, 0).reshape(architecture.num_units[dim.axis], -1)
-            at = ... if dim.axis is Axis.HIDDEN else layer
-            squares[dim.axis][at] += rows.square().sum(1)
-            counts[dim.axis][at] += rows.shape[1]
-    return {name: ranks((squares[name] / counts[name]).sqrt()) for name in shapes}
+def share(text: str) -> float:
+    """Parses a sparsity."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1), got {text!r}")
+    return value
 
 
-def main() -> None:
-    """Prints one table: method, layout, sparsity, perplexity on every text."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="dense checkpoint")
-    parser.add_argument("--text", nargs="+", required=True, help="text files to score on")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.2, 0.5])
-    parser.add_argument("--run", nargs="*", default=[], help="results of prune.py")
-    parser.add_argument("--context-length", type=int, default=256)
-    parser.add_argument("--limit", type=int, help="windows per text")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="JSON file for the rows")
-    args = parser.parse_args()
-
-    source = open_source(args.model)
-    tokenizer = load_tokenizer(source)
-    windows = {
-        Path(text).stem: text_windows(
-            tokenizer, [Path(text).read_text()], args.context_length, args.limit
-        )
-        for text in args.text
-    }
-    architecture = source.architecture
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    masked = MaskedModel(load_model(source, torch.float32, torch.device("cpu")), architecture)
-
-    def score(model: torch.nn.Module) -> list[str]:
-        return [f"{token_perplexity(model, w).value:.2f}" for w in windows.values()]
-
-    rows = [("method", "layout", "parameters", *windows)]
-    rows.append(("dense", "", f"{dense:,}", *score(masked.model)))
-    scores = {
-        "random": random_scores(architecture, args.seed),
-        "magnitude": magnitude_scores(source),
-    }
-    for sparsity in args.sparsity:
-        budget = Budget("params", int((1 - sparsity) * dense), dense)
-        for layout in ("stock", "per-layer"):
-            problem = Problem(architecture, cost, budget, 1, layout == "stock")
-            for name, values in scores.items():
-                plan = allocate_scores(values, {}, problem)
-                masked.set_gates(plan.hard())
-                rows.append((name, layout, f"{cost.of(plan.shape):,}", *score(masked.model)))
-                masked.set_gates(None)
-    for run in args.run:
-        manifest = json.loads((Path(run) / MANIFEST_FILE).read_text())
-        model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
-        after = f"{manifest['params']['after']:,}"
-        rows.append((f"VIB ({Path(run).name})", manifest["layout"], after, *score(model)))
-    print(
-        f"token-level perplexity over non-overlapping windows of {args.context_length} tokens: "
-        + ", ".join(f"{name} {w.numel():,} tokens" for name, w in windows.items())
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses and checks what needs no file."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    methods = [*BASELINES, OURS]
+    add("--model", default=EMBEDDED, help="dense checkpoint: folder, hub name or embedded")
+    add("--data", help="calibration text, as prune's --data (embedded or wikitext2)")
+    add("--texts", nargs="+", help="evaluation texts: wikitext2, general, embedded or FILE.txt")
+    add("--tasks", nargs="*", default=[], help="zero-shot tasks, as score.py's --tasks")
+    add("--sparsity", nargs="+", type=share, default=[0.2, 0.35, 0.5, 0.7], help="removed shares")
+    add("--methods", nargs="+", default=["all"], help=f"all, baselines, or of {', '.join(methods)}")
+    add("--seeds", nargs="+", type=int, default=[0], help="of calibration, draws and training")
+    add("--layout", choices=("stock", "per-layer", "both"), default="stock", help="shape of layers")
+    add(
+        "--recover", nargs="+", default=[NO_RECOVERY], help="none, and names of llm_vtrans.recovery"
     )
-    print(table(rows))
-    if args.output:
-        Path(args.output).write_text(
-            json.dumps([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], indent=2)
+    add("--samples", type=positive, default=2400, help="calibration windows (default: 2400)")
+    add("--context-length", type=positive, default=256, help="tokens in a window, of both kinds")
+    add("--limit", type=positive, help="windows per text, documents per task; for trials only")
+    add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="of named texts")
+    add("--output", type=Path, required=True, help="folder of the report; a rerun continues it")
+    args = parser.parse_args(argv)
+    expand = {"all": methods, "baselines": list(BASELINES)}
+    if args.samples < SELECTION_WINDOWS + CHOICE_WINDOWS:
+        raise UserError(
+            f"--samples must be at least {SELECTION_WINDOWS + CHOICE_WINDOWS}, the number that "
+            f"one-shot methods see, got {args.samples}"
         )
+    args.methods = list(dict.fromkeys(n for m in args.methods for n in expand.get(m, [m])))
+    if unknown := [name for name in args.methods if name not in methods]:
+        raise UserError(f"--methods {unknown[0]}: choose all, baselines or of {', '.join(methods)}")
+    for name in args.recover:
+        if name != NO_RECOVERY:
+            recovery_for(name)
+    is_embedded = args.model == EMBEDDED
+    args.data = args.data or (EMBEDDED if is_embedded else "wikitext2")
+    args.texts = args.texts or ([EMBEDDED] if is_embedded else ["wikitext2", "general"])
+    return args
+
+
+def make_settings(args: argparse.Namespace, source: Source) -> Settings:
+    """What all cells share.
+
+    Raises:
+        UserError: windows longer than the model's context.
+    """
+    longest = source.architecture.max_positions
+    if not 2 <= args.context_length <= longest:
+        raise UserError(
+            f"--context-length must be between 2 and the model's {longest} positions, "
+            f"got {args.context_length}"
+        )
+    return Settings(
+        args.model, args.data, args.samples, args.context_length, args.context_length,
+        tuple(args.texts), tuple(args.tasks), str(args.data_dir), args.limit,
+        str(args.output.resolve()),
+    )  # fmt: skip
+
+
+def prepare_windows(settings: Settings, source: Source, seed: int) -> str:
+    """Tokenises calibration and evaluation text, keeps the windows, and returns their hash.
+
+    Raises:
+        UserError: text that cannot be read, or that both have in common.
+    """
+    tokenizer = load_tokenizer(source)
+    texts = {
+        name: text_windows(
+            tokenizer, text_documents(name, Path(settings.data_dir)), settings.context_length,
+            settings.limit,
+        )
+        for name in settings.texts
+    }  # fmt: skip
+    data = calibrate(TextSource(settings.data), tokenizer, settings.samples, settings.seq_len, seed)
+    for name, windows in texts.items():
+        check_apart(name, windows, settings.data, data.train)
+    tensors: dict[str, Tensor] = {"train": data.train, **texts}
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    file = windows_file(settings, digest)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(file, content)
+    return digest
+
+
+def plan_cells(args: argparse.Namespace, settings: Settings, source: Source) -> Iterator[Cell]:
+    """Every cell, dense first; methods that are alike in both layouts run in one."""
+    checkpoint = source.checkpoint.sha256()
+    inputs = {seed: prepare_windows(settings, source, seed) for seed in dict.fromkeys(args.seeds)}
+    layouts = ["stock", "per-layer"] if args.layout == "both" else [args.layout]
+    for seed, digest in inputs.items():
+        yield Cell(DENSE, 0.0, "-", NO_RECOVERY, seed, checkpoint, digest)
+    for name in args.methods:
+        method = method_of(name, settings)
+        for recovery in dict.fromkeys(args.recover):
+            if recovery != NO_RECOVERY and not method.is_plain:
+                continue  # its function is no plain network that recovery knows
+            for layout in layouts[:1] if method.is_uniform else layouts:
+                for sparsity in args.sparsity:
+                    for seed, digest in inputs.items():
+                        yield Cell(name, sparsity, layout, recovery, seed, checkpoint, digest)
+
+
+def compute(cell: Cell, settings: Settings) -> str | None:
+    """Computes a cell in a process of its own unless its file is there.
+
+    Returns:
+        What went wrong, or None.
+    """
+    file = cell.file(settings)
+    if file.is_file():
+        return None
+    print(cell.describe(), file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # every cell forks off a process that has them
+    process = context.Process(target=run_cell, args=(cell, settings))
+    process.start()
+    process.join()
+    if file.is_file():
+        return None
+    code = process.exitcode or 0
+    cause = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    return f"the process {cause}; a rerun tries again"
+
+
+def protocol(settings: Settings, cells: list[Cell]) -> str:
+    """States how the figures came about."""
+    from safetensors import safe_open
+
+    with safe_open(windows_file(settings, cells[0].inputs), framework="pt") as file:
+        sizes = {name: file.get_slice(name).get_shape() for name in settings.texts}
+    texts = ", ".join(
+        f"{name} {shape[0] * (shape[1] - 1):,} tokens predicted" for name, shape in sizes.items()
+    )
+    return (
+        f"Token-level perplexity over non-overlapping windows of {settings.context_length} tokens "
+        f"without special tokens: {texts}. `excess`: nats per token over the dense model. "
+        f"Calibration: {settings.data}, windows of {settings.seq_len} tokens that share no run of "
+        "half a window with the evaluation texts. Parameters: all of them, embeddings and head "
+        "included. Seconds: from loading the dense model to the pruned one, a shared training "
+        "included. Peak: resident memory of the cell's process, libraries and scoring included. "
+        "Figures are means over seeds ± sample standard deviation."
+    )
+
+
+def run(arguments: list[str]) -> None:
+    """Checks everything, computes what is missing, writes and prints the report."""
+    args = parse(arguments)
+    source = open_source(args.model)
+    settings = make_settings(args, source)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for left in args.output.glob(f"{SCRATCH_PREFIX}*"):  # by a cell that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    if not plots.is_available():
+        print("no plots: pip install -e '.[eval]' brings matplotlib", file=sys.stderr)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cells fork
+    cells = list(plan_cells(args, settings, source))
+    failures: dict[tuple[str, float, str, str], str] = {}
+    for cell in cells:
+        if failure := compute(cell, settings):
+            failures[cell.method, cell.sparsity, cell.layout, cell.recovery] = failure
+    files = [file for cell in cells if (file := cell.file(settings)).is_file()]
+    rows = report.make_rows((json.loads(file.read_text()) for file in files), failures)
+    stated = protocol(settings, cells)
+    report.write(rows, stated, asdict(settings), args.output)
+    if plots.is_available():
+        plots.plot(rows, args.output)
+    print(report.markdown(rows, stated))
+    if failures:
+        raise UserError(f"{len(failures)} entries failed (see their notes); run again to retry")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(run, sys.argv[1:]))

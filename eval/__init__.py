@@ -1,0 +1,1 @@
+"""Scripts that score, compare and measure; the repository's root must be on `sys.path`."""

@@ -1,0 +1,92 @@
+"""The product as one method of the comparison: its own job, in full, with its defaults.
+
+One training for each seed and layout, at `TRAINED_AT`; every other budget is allocated and
+exported from those masks (`--masks`). The training's seconds and memory count in every cell
+that rests on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from eval.baselines.interface import Case, Pruned, load_pruned
+from llm_vtrans.allocation import PrunePlan
+from llm_vtrans.budget import complete
+from llm_vtrans.export import Pruning
+from llm_vtrans.manifest import MASKS_FILE
+from llm_vtrans.output_folder import MANIFEST_FILE
+from llm_vtrans.prune import prune
+from llm_vtrans.reporting import versions
+from llm_vtrans.rotation import rotated_architecture
+
+TRAINED_AT = 0.5
+MEASURING = "score"  # the phase of a run that belongs to no method
+
+
+@dataclass(frozen=True)
+class Ours:
+    """VIB masks by `llm_vtrans prune`.
+
+    Attributes:
+        model: dense checkpoint as the user named it.
+        data: calibration text.
+        samples: calibration windows.
+        seq_len: tokens in one.
+        folder: of the trainings; they outlive a cell.
+    """
+
+    model: str
+    data: str
+    samples: int
+    seq_len: int
+    folder: Path
+    is_uniform: bool = False
+    is_plain: bool = True
+
+    def prune(self, case: Case) -> Pruned:
+        """Trains the masks unless an earlier cell did, exports this budget, loads the result."""
+        layout = "stock" if case.is_uniform else "per-layer"
+        common = [
+            *("--model", self.model, "--data", self.data, "--samples", str(self.samples)),
+            *("--seq-len", str(self.seq_len), "--seed", str(case.seed), "--layout", layout),
+        ]
+        deciding = json.dumps([case.source.checkpoint.sha256(), versions(), *common[2:]])
+        digest = hashlib.sha256(deciding.encode()).hexdigest()[:12]
+        trained = self.folder / f"seed{case.seed}-{layout}-{digest}"
+        if not (trained / MANIFEST_FILE).is_file():
+            start = ["--sparsity", str(TRAINED_AT), "--output", str(trained), "--resume"]
+            prune([*common, *start])
+        result = trained
+        if case.sparsity != TRAINED_AT:
+            result = case.folder / "result"
+            reuse = ["--masks", str(trained), "--sparsity", str(case.sparsity)]
+            prune([*common, *reuse, "--output", str(result)])
+        manifest = json.loads((result / MANIFEST_FILE).read_text())
+        training = json.loads((trained / MANIFEST_FILE).read_text())["phases"]
+        seconds = sum(p["seconds"] for name, p in training.items() if name != MEASURING)
+        peak = max(phase["peak_rss"] for phase in training.values())
+        return Pruned(
+            load_pruned(result, case.device),
+            manifest["params"]["after"],
+            read_pruning(case, result),
+            earlier={"earlier_seconds": seconds, "earlier_peak_rss": peak},
+        )
+
+
+def read_pruning(case: Case, result: Path) -> Pruning:
+    """What a run exported, from its `masks.safetensors`."""
+    with safe_open(result / MASKS_FILE, framework="pt") as file:
+        saved: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    architecture, basis = case.source.architecture, saved.get("rotation")
+    if basis is not None:
+        architecture = rotated_architecture(architecture)
+    gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
+    keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
+    plan = PrunePlan(keep, complete(gate, architecture))
+    return Pruning(case.source.checkpoint, architecture, plan, basis)
