@@ -15,8 +15,15 @@ def _prune(arguments: list[str]) -> None:
     prune(arguments)
 
 
+def _report(arguments: list[str]) -> None:
+    from llm_vtrans.report.command import report
+
+    report(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
+    "report": (_report, "write the HTML report of a run, or several runs side by side"),
 }
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Cost, dense_shape, mac_cost
+from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
@@ -45,6 +45,7 @@ from llm_vtrans.planning import (
     training_settings,
     window_length,
 )
+from llm_vtrans.report.build import write_run_report
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -355,6 +356,7 @@ class Job:
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
+        write_run_report(folder, self.output.path.name)
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         shape, budget = self.plan.shape, self.problem.budget
@@ -362,6 +364,8 @@ class Job:
         num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
         num_params = self.problem.cost.of(shape)
         assert num_written == num_params, (num_written, num_params)
+        dense = dense_shape(self.source.architecture)
+        dense_params = parameter_cost(self.source.architecture)
         dense_macs = mac_cost(self.source.architecture, self.seq_len)
         return {
             "method": "faster-vtrans",
@@ -372,7 +376,7 @@ class Job:
             },
             "params": {"before": budget.dense, "after": num_params},
             "macs": {
-                "before": dense_macs.of(dense_shape(self.source.architecture)),
+                "before": dense_macs.of(dense),
                 "after": self.macs.of(shape),
                 "seq_len": self.seq_len,
             },
@@ -382,6 +386,9 @@ class Job:
                 "achieved": num_params,
             },
             "kept": kept_units(shape),
+            "units": {axis.value: n for axis, n in self.architecture.num_units.items()},
+            "parts": _by_part(dense_params.split(dense), self.problem.cost.split(shape)),
+            "mac_parts": _by_part(dense_macs.split(dense), self.macs.split(shape)),
             "layout": self.args.layout,
             "rotation": "pca" if self.basis is not None else "none",
             "perplexity": {
@@ -401,3 +408,7 @@ class Job:
         if self.accelerator.is_main_process:
             self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
         self.accelerator.end_training()
+
+
+def _by_part(before: dict[str, int], after: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {name: {"before": before[name], "after": after[name]} for name in before}
