@@ -21,9 +21,23 @@ def _report(arguments: list[str]) -> None:
     report(arguments)
 
 
+def _verify(arguments: list[str]) -> None:
+    from llm_vtrans.verify import verify
+
+    verify(arguments)
+
+
+def _publish(arguments: list[str]) -> None:
+    from llm_vtrans.publishing import publish
+
+    publish(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
     "report": (_report, "write the HTML report of a run, or several runs side by side"),
+    "verify": (_verify, "check that a checkpoint holds what its manifest states"),
+    "publish": (_publish, "upload a verified checkpoint with its card to the hub"),
 }
 
 

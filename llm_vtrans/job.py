@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
-from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.calibration import Calibration
@@ -28,16 +28,17 @@ from llm_vtrans.families import Architecture
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
+    RECIPE_FILE,
     dtype_name,
     figures,
     kept_units,
-    model_card,
     read_masks,
     write_manifest,
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.model_card import base_license, model_card
+from llm_vtrans.output_folder import OutputFolder, atomic_write_text
 from llm_vtrans.planning import (
     calibration_data,
     make_problem,
@@ -65,6 +66,7 @@ from llm_vtrans.training import (
     make_optimizer,
     train,
 )
+from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
@@ -352,7 +354,9 @@ class Job:
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)
-        manifest = self._manifest(folder, hashes)
+        atomic_write_text(folder / RECIPE_FILE, recipe(self.args))
+        rest = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
@@ -373,6 +377,9 @@ class Job:
                 "name": self.args.model,
                 "revision": self.args.revision,
                 "sha256": self.source.checkpoint.sha256(),
+                "license": base_license(
+                    self.source.checkpoint.folder, self.source.checkpoint.config
+                ),
             },
             "params": {"before": budget.dense, "after": num_params},
             "macs": {
@@ -395,11 +402,15 @@ class Job:
                 **self.perplexity,
                 "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "
                 f"of {self.seq_len} tokens held out from {self.args.data}",
+                "windows_sha256": windows_sha256(self.data.heldout),
             },
             "settings": {**asdict(self.args), "steps": self.settings.num_steps},
             "command": command_line(),
             "phases": self.reporter.record(),
             "versions": versions(),
+            "computed_in": {
+                "device": self.accelerator.device.type, "dtype": dtype_name(self._dtype),
+            },
             "sha256": hashes,
         }  # fmt: skip
 
