@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -69,6 +70,9 @@ from llm_vtrans.training import (
 from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
+RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
+    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "kept", "phases",
+)  # fmt: skip
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 
 
@@ -120,7 +124,7 @@ class Job:
         transformers_logging.disable_progress_bar()
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
         set_seed(args.seed)
-        reporter = Reporter(accelerator.is_main_process)
+        reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
@@ -170,6 +174,10 @@ class Job:
             f"{self.accelerator.device.type}, {dtype_name(self._dtype)}\n"
             f"result in {args.output_folder()}"
         )
+        if args.json and args.dry_run and self.accelerator.is_main_process:
+            plan = {"output": str(args.output_folder()), "budget": asdict(budget),
+                    "layout": args.layout, "steps": self.settings.num_steps}  # fmt: skip
+            print(json.dumps(plan))
 
     @property
     def _num_ranks(self) -> int:
@@ -270,7 +278,8 @@ class Job:
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that a resumed run must share; ranks may differ if the global batch does not."""
         free = {"config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every",
-                "shard_size", "export_dtype", "batch_size", "gradient_accumulation"}  # fmt: skip
+                "quiet", "json", "shard_size", "export_dtype", "batch_size",
+                "gradient_accumulation"}  # fmt: skip
         settings = {k: v for k, v in asdict(self.args).items() if k not in free}
         return {
             **settings,
@@ -359,6 +368,7 @@ class Job:
         manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
+        self.result = {key: manifest[key] for key in RESULT_KEYS}
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
         write_run_report(folder, self.output.path.name)
 
@@ -418,6 +428,8 @@ class Job:
         """Prints the table of dense against pruned and where the result lies."""
         if self.accelerator.is_main_process:
             self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
+            if self.args.json:
+                print(json.dumps({"output": str(self.args.output_folder()), **self.result}))
         self.accelerator.end_training()
 
 

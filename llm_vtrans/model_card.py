@@ -57,9 +57,9 @@ def metadata(manifest: dict[str, Any], scores: dict[str, Any]) -> ModelCardData:
     """
     source = manifest["source"]
     base = hub_id(source["name"])
-    license_fields = source.get("license") or {}
+    license_fields: dict[str, Any] = source.get("license") or {}
     # No `base_model_relation`: the hub knows none for pruning.
-    extra = {"base_model": base} if base else {}
+    extra: dict[str, Any] = {"base_model": base} if base else {}
     return ModelCardData(
         model_name=title(manifest),
         library_name="transformers",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_vtrans.arguments import parse
 from llm_vtrans.errors import UserError
+from llm_vtrans.exporting import export
 from llm_vtrans.model_card import base_license, front_matter
 from llm_vtrans.publishing import publish
 from llm_vtrans.verification import CHECKS, Subject, verify
@@ -158,6 +159,23 @@ def test_publish_refuses_before_it_sends(copy):
 def test_no_hub_is_one_line(run):  # the tests' environment turns the hub off
     with pytest.raises(UserError, match="the hub did not take it"):
         publish([str(run), "--repo", "me/tiny"])
+
+
+def test_export_makes_another_size_and_prints_json_alone(run, tmp_path, capsys):
+    masks = (run / "masks.safetensors").read_bytes()
+    export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "o"), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["output"] == str(tmp_path / "o") and result["budget"]["achieved"] > 0
+    first = json.loads((run / "vtrans.json").read_text())
+    assert first["params"]["after"] < result["params"]["after"] <= result["budget"]["target"]
+    assert result["layout"] == first["layout"] and "training" not in result["phases"]
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()  # nothing was trained
+    assert failed(tmp_path / "o") == set()
+    assert (run / "masks.safetensors").read_bytes() == masks
+    export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "q"), "--quiet"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="give --sparsity or --params"):
+        export(["--from", str(run), "--output", str(tmp_path / "p")])
 
 
 def test_recipe_repeats_the_run(run):
