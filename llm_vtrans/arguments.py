@@ -17,6 +17,8 @@ from llm_vtrans.errors import UserError
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What belongs to one call, not to the result: left out of recipes.
+CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -93,6 +95,9 @@ class PruneArguments:
     log_every: int = _option(10, "Steps between two lines of metrics.jsonl.")
     resume: bool = _option(False, "Continue the unfinished run in --output, if there is one.")
     dry_run: bool = _option(False, "Check everything and print the plan, train nothing.")
+
+    quiet: bool = _option(False, "Print nothing but errors.")
+    json: bool = _option(False, "Print one JSON object at the end and nothing else.")
 
     def __post_init__(self) -> None:
         """Checks each value and fills the defaults that depend on others."""
@@ -226,3 +231,13 @@ def _recipe_flags(path: Path, replaced: Sequence[str]) -> list[str]:
         if value is not None and name not in replaced:
             flags += [f"--{name}", str(value)]
     return flags
+
+
+def recipe(args: PruneArguments) -> str:
+    """The options as a YAML recipe for `--config`; what belongs to one call is left out."""
+    chosen = {
+        f.name: getattr(args, f.name)
+        for f in fields(args)
+        if f.name not in CALL_FIELDS and getattr(args, f.name) is not None
+    }
+    return yaml.safe_dump(chosen, sort_keys=False)

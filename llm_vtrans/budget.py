@@ -53,6 +53,19 @@ class Cost:
         )
         return int(self.outside(shape.hidden)) + layers
 
+    def split(self, shape: Shape) -> dict[str, int]:
+        """Cost of a finished shape by part of the network: `embeddings`, `attention`, `ffn`.
+
+        What lies outside the layers counts as embeddings: tables, output head, final norm.
+        """
+        layers = {
+            part.value: sum(
+                int(self.part(part, shape.hidden, units)) for units in shape.units(part) if units
+            )
+            for part in Sublayer
+        }
+        return {"embeddings": int(self.outside(shape.hidden)), **layers}
+
     def expected(self, keep: Mapping[str, Tensor], is_uniform: bool = False) -> Tensor:
         """Expected cost under independent probabilities to keep, differentiable, shape `()`.
 

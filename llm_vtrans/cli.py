@@ -15,8 +15,50 @@ def _prune(arguments: list[str]) -> None:
     prune(arguments)
 
 
+def _score(arguments: list[str]) -> None:
+    from llm_vtrans.score import run
+
+    run(arguments)
+
+
+def _export(arguments: list[str]) -> None:
+    from llm_vtrans.exporting import export
+
+    export(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from llm_vtrans.report.command import report
+
+    report(arguments)
+
+
+def _probe(arguments: list[str]) -> None:
+    from llm_vtrans.probe.command import probe
+
+    probe(arguments)
+
+
+def _verify(arguments: list[str]) -> None:
+    from llm_vtrans.verify import verify
+
+    verify(arguments)
+
+
+def _publish(arguments: list[str]) -> None:
+    from llm_vtrans.publishing import publish
+
+    publish(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
+    "export": (_export, "write another size from a run's masks, without training"),
+    "score": (_score, "perplexity and harness tasks, beside a dense baseline"),
+    "report": (_report, "write the HTML report of a run, or several runs side by side"),
+    "probe": (_probe, "what the dense model's heads look at, kept against pruned"),
+    "verify": (_verify, "check that a checkpoint holds what its manifest states"),
+    "publish": (_publish, "upload a verified checkpoint with its card to the hub"),
 }
 
 

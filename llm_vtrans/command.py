@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from llm_vtrans.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as every other one is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise UserError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """Parses an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> int:

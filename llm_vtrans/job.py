@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -17,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
-from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Cost, dense_shape, mac_cost
+from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
@@ -28,17 +29,18 @@ from llm_vtrans.families import Architecture
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
+    RECIPE_FILE,
     dtype_name,
     figures,
     kept_units,
-    model_card,
     plan_tensors,
     read_masks,
     write_manifest,
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.model_card import base_license, model_card
+from llm_vtrans.output_folder import OutputFolder, atomic_write_text
 from llm_vtrans.planning import (
     calibration_data,
     make_problem,
@@ -46,6 +48,7 @@ from llm_vtrans.planning import (
     training_settings,
     window_length,
 )
+from llm_vtrans.report.build import write_run_report
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -64,8 +67,12 @@ from llm_vtrans.search import (
 )
 from llm_vtrans.training import Objective, TrainingSettings, train
 from llm_vtrans.tuning import TuneObjective, Tuning
+from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
+RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
+    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "kept", "phases",
+)  # fmt: skip
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 
 
@@ -117,7 +124,7 @@ class Job:
         transformers_logging.disable_progress_bar()
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
         set_seed(args.seed)
-        reporter = Reporter(accelerator.is_main_process)
+        reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
@@ -167,6 +174,10 @@ class Job:
             f"{self.accelerator.device.type}, {dtype_name(self._dtype)}\n"
             f"result in {args.output_folder()}"
         )
+        if args.json and args.dry_run and self.accelerator.is_main_process:
+            plan = {"output": str(args.output_folder()), "budget": asdict(budget),
+                    "layout": args.layout, "steps": self.settings.num_steps}  # fmt: skip
+            print(json.dumps(plan))
 
     @property
     def _num_ranks(self) -> int:
@@ -260,7 +271,8 @@ class Job:
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that a resumed run must share; ranks may differ if the global batch does not."""
         free = {"config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every",
-                "shard_size", "export_dtype", "batch_size", "gradient_accumulation"}  # fmt: skip
+                "quiet", "json", "shard_size", "export_dtype", "batch_size",
+                "gradient_accumulation"}  # fmt: skip
         settings = {k: v for k, v in asdict(self.args).items() if k not in free}
         return {
             **settings,
@@ -378,10 +390,14 @@ class Job:
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)
-        manifest = self._manifest(folder, hashes)
+        atomic_write_text(folder / RECIPE_FILE, recipe(self.args))
+        rest = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
+        self.result = {key: manifest[key] for key in RESULT_KEYS}
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
+        write_run_report(folder, self.output.path.name)
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         shape, budget = self.plan.shape, self.problem.budget
@@ -389,6 +405,8 @@ class Job:
         num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
         num_params = self.problem.cost.of(shape)
         assert num_written == num_params, (num_written, num_params)
+        dense = dense_shape(self.source.architecture)
+        dense_params = parameter_cost(self.source.architecture)
         dense_macs = mac_cost(self.source.architecture, self.seq_len)
         return {
             "method": "faster-vtrans",
@@ -396,10 +414,13 @@ class Job:
                 "name": self.args.model,
                 "revision": self.args.revision,
                 "sha256": self.source.checkpoint.sha256(),
+                "license": base_license(
+                    self.source.checkpoint.folder, self.source.checkpoint.config
+                ),
             },
             "params": {"before": budget.dense, "after": num_params},
             "macs": {
-                "before": dense_macs.of(dense_shape(self.source.architecture)),
+                "before": dense_macs.of(dense),
                 "after": self.macs.of(shape),
                 "seq_len": self.seq_len,
             },
@@ -409,17 +430,24 @@ class Job:
                 "achieved": num_params,
             },
             "kept": kept_units(shape),
+            "units": {axis.value: n for axis, n in self.architecture.num_units.items()},
+            "parts": _by_part(dense_params.split(dense), self.problem.cost.split(shape)),
+            "mac_parts": _by_part(dense_macs.split(dense), self.macs.split(shape)),
             "layout": self.args.layout,
             "rotation": "pca" if self.rotation is not None else "none",
             "perplexity": {
                 **self.perplexity,
                 "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "
                 f"of {self.seq_len} tokens held out from {self.args.data}",
+                "windows_sha256": windows_sha256(self.data.heldout),
             },
             "settings": {**asdict(self.args), "steps": self.settings.num_steps},
             "command": command_line(),
             "phases": self.reporter.record(),
             "versions": versions(),
+            "computed_in": {
+                "device": self.accelerator.device.type, "dtype": dtype_name(self._dtype),
+            },
             "sha256": hashes,
         }  # fmt: skip
 
@@ -427,4 +455,10 @@ class Job:
         """Prints the table of dense against pruned and where the result lies."""
         if self.accelerator.is_main_process:
             self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
+            if self.args.json:
+                print(json.dumps({"output": str(self.args.output_folder()), **self.result}))
         self.accelerator.end_training()
+
+
+def _by_part(before: dict[str, int], after: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {name: {"before": before[name], "after": after[name]} for name in before}

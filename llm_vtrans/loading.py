@@ -18,7 +18,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Family, family_for
 
 EMBEDDED = "embedded"
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llm_vtrans.tuning import Tuning
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
+RECIPE_FILE = "recipe.yaml"
 
 
 def kept_units(shape: Shape) -> dict[str, Any]:
@@ -120,45 +121,3 @@ def figures(manifest: dict[str, Any]) -> str:
             row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
         ]
     )
-
-
-def model_card(manifest: dict[str, Any], figures: str) -> str:
-    """The README.md of a pruned checkpoint.
-
-    Args:
-        manifest: of the run.
-        figures: the summary table as text.
-    """
-    source, budget = manifest["source"]["name"], manifest["budget"]
-    if manifest["layout"] == "stock":
-        loading = "It loads in stock `transformers`, with no custom code."
-        flag = ""
-    else:
-        loading = (
-            "Every layer has its own shape: load it with `trust_remote_code=True` (the small file "
-            "`per_layer_modeling.py` beside the weights), or after `import llm_vtrans`."
-        )
-        flag = ", trust_remote_code=True"
-    base = f"base_model: {source}\n" if source.count("/") == 1 and ".." not in source else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-{base}tags:
-- pruning
-- llm-vtrans
----
-# {Path(source).name}, pruned by {100 * (1 - budget["achieved"] / budget["dense"]):.1f}%
-
-Structured pruning with VIB masks (VTrans, arXiv:2406.05276) by `llm_vtrans`. {loading}
-
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("."{flag})
-```
-
-```
-{figures}
-```
-
-Perplexity: {manifest["perplexity"]["protocol"]}.
-"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from llm_vtrans import __version__
 from llm_vtrans.training import Progress
 
+CLEAR_LINE = "\r\x1b[2K"
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "lm_eval")
 
@@ -38,18 +40,32 @@ class Reporter:
 
     Attributes:
         is_main: whether this is rank zero; other ranks stay silent.
+        is_quiet: whether rank zero prints nothing either; metrics are written all the same.
         num_steps: of training, for the progress line.
         phases: seconds and peak memory by name, in order.
     """
 
     is_main: bool
+    is_quiet: bool = False
     num_steps: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
+    _has_live_line: bool = False
 
     def say(self, text: str) -> None:
         """One line on standard output."""
-        if self.is_main:
-            print(text, flush=True)
+        if self.is_main and not self.is_quiet:
+            end_of_live_line = "\n" if self._has_live_line else ""
+            self._has_live_line = False
+            print(f"{end_of_live_line}{text}", flush=True)
+
+    def _say_live(self, text: str, short: str) -> None:
+        """On a terminal `short`, which the next one replaces; elsewhere a line of `text`."""
+        if not sys.stdout.isatty():
+            self.say(text)
+        elif not self.is_quiet:
+            width = shutil.get_terminal_size().columns
+            print(f"{CLEAR_LINE}{short[: width - 1]}", end="", flush=True)
+            self._has_live_line = True
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,11 +90,13 @@ class Reporter:
         with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         metrics = progress.metrics
-        self.say(
-            f"step {progress.step:>5}/{self.num_steps}  loss {metrics['loss']:.4f}  "
-            f"distillation {metrics['distillation']:.4f} nats  "
-            f"sparsity {metrics['sparsity']:.3f} (target {metrics['target']:.3f})  "
-            f"{progress.tokens_per_second:,.0f} tokens/s  ETA {progress.eta_seconds:.0f} s"
+        sparsity, target = metrics["sparsity"], metrics["target"]
+        step = f"step {progress.step:>5}/{self.num_steps}  loss {metrics['loss']:.4f}"
+        rate = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {progress.eta_seconds:.0f} s"
+        self._say_live(
+            f"{step}  distillation {metrics['distillation']:.4f} nats  "
+            f"sparsity {sparsity:.3f} (target {target:.3f})  {rate}",
+            f"{step}  sparsity {sparsity:.3f}/{target:.3f}  {rate}",
         )
 
     def record(self) -> dict[str, Any]:

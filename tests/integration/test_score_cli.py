@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llm_vtrans import score as score_command
+from llm_vtrans.command import run_command
 from llm_vtrans.scoring import text_windows, token_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,18 +138,6 @@ def test_a_mistake_ends_in_one_line(folder):
     assert not (folder / "x.json").exists()
 
 
-@pytest.fixture
-def entry(monkeypatch):
-    """The entry as a module, so that its checks need no process each."""
-    import importlib.util
-
-    monkeypatch.setattr(sys, "path", [str(SCORE.parent), *sys.path])
-    spec = importlib.util.spec_from_file_location("score_entry", SCORE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -165,9 +155,7 @@ def entry(monkeypatch):
         (["--baseline", "other"], "tokenise differently"),
     ],
 )
-def test_mistakes_are_named_before_a_model_is_loaded(
-    folder, entry, capsys, monkeypatch, changes, message
-):
+def test_mistakes_are_named_before_a_model_is_loaded(folder, capsys, monkeypatch, changes, message):
     if not (folder / "other").exists():
         LlamaConfig.from_pretrained(folder / "dense").save_pretrained(folder / "other")
         tokenizer = Tokenizer(models.BPE())
@@ -177,10 +165,10 @@ def test_mistakes_are_named_before_a_model_is_loaded(
         tokenizer.train_from_iterator([], trainer)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "other")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(entry, "score_model", None)
+    monkeypatch.setattr(score_command, "score_model", None)
     arguments = ["--model", "dense", "--tasks", "ppl:text.txt", "--output", "x.json",
                  "--context-length", "16", *changes]  # fmt: skip
-    assert entry.run_command(entry.run, arguments) == 2
+    assert run_command(score_command.run, arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
     assert captured.err.count("error: ") == 1

@@ -1,0 +1,271 @@
+"""VERIFY: does a published checkpoint hold what its manifest states?
+
+Each check is a function of the checkpoint that yields one line per finding; none stops
+the others, so that one call tells everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from llm_vtrans.calibration import TextSource, calibrate
+from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.errors import UserError
+from llm_vtrans.output_folder import MANIFEST_FILE
+from llm_vtrans.scoring import token_perplexity
+
+CHUNK = 2**20  # bytes hashed at a time
+TOLERANCE = 1e-3  # of a perplexity measured again in the same dtype on the same kind of device
+LOOSE_TOLERANCE = 2e-2  # where dtype or device differ
+AUTO_CLASSES: dict[str, Any] = {
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verification.
+
+    Attributes:
+        check: name of the check.
+        is_failure: False for a check that passed or could not run.
+        text: what was found.
+        is_skipped: whether the check could not run.
+    """
+
+    check: str
+    is_failure: bool
+    text: str
+    is_skipped: bool = False
+
+
+@dataclass
+class Subject:
+    """The checkpoint that is verified; what is expensive is read once, when first used.
+
+    Attributes:
+        folder: the checkpoint.
+        manifest: its `vtrans.json`.
+        data: where the held-out text lies now; None takes the place that the manifest names.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    data: str | None = None
+
+    @classmethod
+    def open(cls, folder: Path, data: str | None = None) -> Subject:
+        """Reads the manifest.
+
+        Raises:
+            UserError: there is none to verify against.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            manifest["sha256"], manifest["params"]["after"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: no usable {MANIFEST_FILE}; name a folder that prune wrote"
+            ) from error
+        return cls(folder, manifest, data)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Config and shard headers."""
+        return Checkpoint.open(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The config as `transformers` parses it; per-layer classes come with this package."""
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The loaded model in the dtype that the run computed in."""
+        name = self.manifest["settings"].get("dtype", "auto")
+        dtype = torch.float32 if name == "auto" else getattr(torch, name)
+        model, info = auto_class(self.config).from_pretrained(
+            self.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        wrong = {key: sorted(map(str, info[key])) for key in info if key.endswith("_keys")}
+        wrong = {key: names for key, names in wrong.items() if names}
+        if wrong:
+            raise ValueError("; ".join(f"{key}: {names[0]}" for key, names in wrong.items()))
+        return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The `transformers` auto class for the architecture that a config names."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    return next((c for suffix, c in AUTO_CLASSES.items() if name.endswith(suffix)), AutoModel)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_hashes(subject: Subject) -> Iterator[str]:
+    """Every file that the manifest names is there with its bytes, and no other weights are."""
+    for name, expected in subject.manifest["sha256"].items():
+        path = subject.folder / name
+        if Path(name).name != name or not path.is_file():
+            yield f"{name} is missing"
+        elif sha256_of(path) != expected:
+            yield f"{name} has other bytes than were written"
+    for path in sorted(subject.folder.glob("model*.safetensors")):
+        if path.name not in subject.manifest["sha256"]:
+            yield f"{path.name} is not in the manifest"
+
+
+def check_shapes(subject: Subject) -> Iterator[str]:
+    """The config's model has exactly the stored tensors, with their shapes."""
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(subject.config).from_config(subject.config)
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    stored = {name: info.shape for name, info in subject.checkpoint.tensors.items()}
+    buffers = {name for name, _ in model.named_buffers()}
+    for name in sorted(expected.keys() - stored.keys() - tied):
+        yield f"{name} is missing"
+    for name in sorted(stored.keys() - expected.keys() - tied - buffers):
+        yield f"{name} is not part of the model that config.json describes"
+    for name in sorted(stored.keys() & expected.keys()):
+        if stored[name] != expected[name]:
+            yield f"{name} has shape {stored[name]}, config.json says {expected[name]}"
+
+
+def check_dtype(subject: Subject) -> Iterator[str]:
+    """Floating-point tensors have the dtype that config.json names."""
+    stated = subject.checkpoint.config.get("dtype", subject.checkpoint.config.get("torch_dtype"))
+    found = {i.dtype for i in subject.checkpoint.tensors.values() if i.dtype.is_floating_point}
+    names = {str(dtype).removeprefix("torch.") for dtype in found}
+    if stated is not None and names != {stated}:
+        yield f"tensors are {', '.join(sorted(names))}, config.json says {stated}"
+
+
+def check_parameters(subject: Subject) -> Iterator[str]:
+    """The stored parameters are as many as the manifest states, and within the budget."""
+    stated = subject.manifest["params"]["after"]
+    stored = sum(torch.Size(i.shape).numel() for i in subject.checkpoint.tensors.values())
+    if stored != stated:
+        yield f"{stored:,} parameters are stored, the manifest states {stated:,}"
+    budget = subject.manifest.get("budget", {})
+    if budget.get("kind") == "params" and stored > budget["target"]:
+        yield f"{stored:,} parameters exceed the budget of {budget['target']:,}"
+
+
+def check_loads(subject: Subject) -> Iterator[str]:
+    """It loads in `transformers`, with finite weights, and its tokenizer with it."""
+    for name, parameter in subject.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            yield f"{name} holds NaN or infinite values"
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    if len(tokenizer) > subject.config.vocab_size:
+        yield f"{len(tokenizer)} tokens in the tokenizer, {subject.config.vocab_size} in the model"
+
+
+def check_perplexity(subject: Subject) -> Iterator[str]:
+    """Perplexity on the run's own held-out windows is what the manifest states.
+
+    Raises:
+        Skipped: the text is not to be had here, or the run measured something else.
+    """
+    manifest = subject.manifest
+    stated = manifest.get("perplexity", {}).get("pruned")
+    if stated is None:
+        raise Skipped("the manifest states none")
+    windows = _heldout(subject)
+    digest = manifest["perplexity"].get("windows_sha256")
+    if digest is not None and digest != windows_sha256(windows):
+        raise Skipped("the text found here is not the one that the run held out; see --data")
+    found = token_perplexity(subject.model, windows).value
+    computed = manifest.get("computed_in", {"device": "cpu", "dtype": "float32"})
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    is_same = computed == {"device": "cpu", "dtype": dtype}
+    tolerance = TOLERANCE if is_same else LOOSE_TOLERANCE
+    if not abs(found / stated - 1) <= tolerance:
+        yield f"{found:.4f} measured, {stated:.4f} stated (tolerance {100 * tolerance:g}%)"
+
+
+class Skipped(Exception):
+    """A check that cannot run here; the text says why."""
+
+
+def _heldout(subject: Subject) -> torch.Tensor:
+    """The run's held-out windows `(num_windows, seq_len)`, cut anew from its text."""
+    settings = subject.manifest["settings"]
+    seq_len = subject.manifest["macs"]["seq_len"]
+    source = TextSource(
+        subject.data or settings["data"],
+        settings.get("data_config"),
+        settings.get("data_split"),
+        settings.get("text_field"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    try:
+        return calibrate(source, tokenizer, settings["samples"], seq_len, settings["seed"]).heldout
+    except UserError as error:
+        raise Skipped(f"the text is not here ({error})") from error
+
+
+def windows_sha256(windows: torch.Tensor) -> str:
+    """Identity of token windows `(num_windows, seq_len)` int64, in hexadecimal."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
+    "hashes": check_hashes,
+    "shapes": check_shapes,
+    "dtype": check_dtype,
+    "parameters": check_parameters,
+    "loads": check_loads,
+    "perplexity": check_perplexity,
+}
+
+
+def verify(subject: Subject, names: tuple[str, ...] = tuple(CHECKS)) -> Iterator[Finding]:
+    """Runs checks; a check that raises has failed, for what it reads is the checkpoint's fault.
+
+    Args:
+        subject: what to verify.
+        names: of the checks, in order.
+    """
+    for name in names:
+        try:
+            failures = list(CHECKS[name](subject))
+        except Skipped as reason:
+            yield Finding(name, False, f"skipped: {reason}", is_skipped=True)
+            continue
+        except Exception as error:  # loading a damaged checkpoint raises many types
+            failures = [" ".join(str(error).split())[:300] or type(error).__name__]
+        if not failures:
+            yield Finding(name, False, "holds")
+        for text in failures:
+            yield Finding(name, True, text)

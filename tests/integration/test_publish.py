@@ -1,0 +1,208 @@
+"""verify and publish on a run's result, whole and tampered with in every way."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
+
+from llm_vtrans.arguments import parse
+from llm_vtrans.errors import UserError
+from llm_vtrans.exporting import export
+from llm_vtrans.model_card import base_license, front_matter
+from llm_vtrans.publishing import publish
+from llm_vtrans.verification import CHECKS, Subject, verify
+from llm_vtrans.verify import verify as verify_command
+from tests.runs import finish, flags, write_inputs
+
+
+@pytest.fixture(scope="module", params=["stock", "per-layer"])
+def run(request, tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("publish"))
+    (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\nDense.\n")
+    finish(flags(folder, "--sparsity", "0.4", "--layout", request.param))
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def failed(folder):
+    findings = list(verify(Subject.open(folder)))
+    return {f.check for f in findings if f.is_failure}
+
+
+def test_a_whole_checkpoint_holds(run, capsys):
+    verify_command([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKS]
+
+
+def change_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def make_infinite(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def halve(folder):
+    tensors = {n: t.half() for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def edit(name, **changes):
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            part = content
+            for step in path:
+                part = part[step]
+            part[last] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("tamper", "expected"),
+    [
+        (change_weight, {"hashes", "perplexity"}),
+        (make_infinite, {"hashes", "loads", "perplexity"}),
+        (drop_tensor, {"hashes", "shapes", "parameters", "loads", "perplexity"}),
+        (halve, {"hashes", "dtype"}),
+        (cut_short, {"hashes", "shapes", "dtype", "parameters", "loads", "perplexity"}),
+        (lambda folder: (folder / "tokenizer.json").unlink(), {"hashes", "loads", "perplexity"}),
+        (lambda folder: save_file({}, folder / "model-extra.safetensors"), {"hashes"}),
+        (edit("config.json", hidden_size=12), {"hashes", "shapes", "loads", "perplexity"}),
+        (edit("vtrans.json", params__after=5), {"parameters"}),
+        (edit("vtrans.json", perplexity__pruned=3.0), {"perplexity"}),
+    ],
+)
+def test_tampering_is_found(copy, tamper, expected):
+    tamper(copy)
+    assert failed(copy) == expected
+    with pytest.raises(UserError, match=r"finding\(s\): do not use this checkpoint"):
+        verify_command([str(copy)])
+
+
+def test_other_text_is_no_verdict(copy, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join("%%%&&&'''(((" * 9 for _ in range(60)))
+    findings = {f.check: f for f in verify(Subject.open(copy, str(other)))}
+    assert findings["perplexity"].is_skipped and "not the one" in findings["perplexity"].text
+    findings = {f.check: f for f in verify(Subject.open(copy, str(tmp_path / "none.txt")))}
+    assert findings["perplexity"].is_skipped and "not here" in findings["perplexity"].text
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(UserError, match="no usable vtrans.json"):
+        verify_command([str(tmp_path)])
+
+
+def test_dry_run_shows_what_would_go(run, capsys):
+    scores = run.parent / "scores.json"
+    metric = {"higher_is_better": True, "pruned": {"value": 0.5, "stderr": 0.1}}
+    content = {"results": {"piqa_local": {"protocol": {}, "metrics": {"acc": metric}}}}
+    scores.write_text(json.dumps(content))
+    before = (run / "README.md").read_text()
+    publish([str(run), "--repo", "me/tiny", "--dry-run", "--scores", str(scores)])
+    out = capsys.readouterr().out
+    for name in ("model.safetensors", "config.json", "vtrans.json", "recipe.yaml", "report/"):
+        assert name in out
+    assert "(public)" in out and "nothing was sent" in out
+    assert (run / "README.md").read_text() == before
+    card = out[out.index("---\n") :]
+    block = front_matter(card)
+    assert block["license"] == "mit" and "base_model" not in block  # a folder is no hub id
+    assert {"pruning", "llm-vtrans"} <= set(block["tags"])
+    _, results = model_index_to_eval_results(block["model-index"])
+    assert [(r.metric_type, r.dataset_name) for r in results] == [
+        ("perplexity", "text, held out"), ("acc", "piqa_local"),
+    ]  # fmt: skip
+    known = ModelCardData(**{k: v for k, v in block.items() if k != "model-index"},
+                          model_name="x", eval_results=results)  # fmt: skip
+    assert known.to_dict()["model-index"][0]["results"][1]["metrics"][0]["value"] == 0.5
+
+
+def test_publish_refuses_before_it_sends(copy):
+    with pytest.raises(UserError, match="expected OWNER/NAME"):
+        publish([str(copy), "--repo", "a b"])
+    change_weight(copy)
+    with pytest.raises(UserError, match="hashes: model.safetensors has other bytes"):
+        publish([str(copy), "--repo", "me/tiny", "--dry-run"])
+
+
+def test_no_hub_is_one_line(run):  # the tests' environment turns the hub off
+    with pytest.raises(UserError, match="the hub did not take it"):
+        publish([str(run), "--repo", "me/tiny"])
+
+
+def test_export_makes_another_size_and_prints_json_alone(run, tmp_path, capsys):
+    masks = (run / "masks.safetensors").read_bytes()
+    export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "o"), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["output"] == str(tmp_path / "o") and result["budget"]["achieved"] > 0
+    first = json.loads((run / "vtrans.json").read_text())
+    assert first["params"]["after"] < result["params"]["after"] <= result["budget"]["target"]
+    assert result["layout"] == first["layout"] and "training" not in result["phases"]
+    assert not (tmp_path / "o" / "metrics.jsonl").exists()  # nothing was trained
+    assert failed(tmp_path / "o") == set()
+    assert (run / "masks.safetensors").read_bytes() == masks
+    export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "q"), "--quiet"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="give --sparsity or --params"):
+        export(["--from", str(run), "--output", str(tmp_path / "p")])
+
+
+def test_recipe_repeats_the_run(run):
+    settings = json.loads((run / "vtrans.json").read_text())["settings"]
+    again = asdict(parse(["--config", str(run / "recipe.yaml")]))
+    for key, value in yaml.safe_load((run / "recipe.yaml").read_text()).items():
+        assert again[key] == value == settings[key]
+    assert {"output", "overwrite", "quiet"}.isdisjoint(
+        yaml.safe_load((run / "recipe.yaml").read_text())
+    )
+
+
+def test_report_comes_with_the_run(run):
+    html = (run / "report" / "index.html").read_text()
+    assert "out: pruning report" in html and "Expected sparsity" in html
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "expected"),
+    [
+        ("---\nlicense: a\nlicense_link: x\n---\n", {}, {"license": "a", "license_link": "x"}),
+        ("no block", {"license": "mit"}, {"license": "mit"}),
+        ("---\nlicense: [\n---\n", {}, {}),
+        (None, {}, {}),
+    ],
+)  # fmt: skip
+def test_licence_of_the_base(tmp_path, card, config, expected):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert base_license(tmp_path, config) == expected

@@ -1,0 +1,44 @@
+"""What a run prints: lines in a log, one live line on a terminal, nothing when it is quiet."""
+
+import json
+import sys
+
+import pytest
+
+from llm_vtrans.reporting import CLEAR_LINE, METRICS_FILE, Reporter
+from llm_vtrans.training import Progress
+
+METRICS = {"loss": 0.5, "distillation": 0.4, "sparsity": 0.25, "target": 0.5}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_progress(tmp_path, capsys, monkeypatch, is_terminal, is_quiet):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    reporter = Reporter(True, is_quiet, num_steps=20)
+    for step in (1, 2):
+        reporter.progress(tmp_path, Progress(step, METRICS, 1234.0, 56.0))
+    reporter.say("done")
+    records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2]
+    out = capsys.readouterr().out
+    if is_quiet:
+        assert out == ""
+        return
+    sparsity = "sparsity 0.250/0.500" if is_terminal else "sparsity 0.250 (target 0.500)"
+    for part in ("loss 0.5000", sparsity, "1,234 tokens/s", "ETA 56 s"):
+        assert out.count(part) == 2
+    assert out.endswith("\ndone\n")
+    if is_terminal:
+        live, last = out.removesuffix("\n").split("\n")
+        assert last == "done" and all(len(part) < 80 for part in live.split(CLEAR_LINE))
+    else:
+        assert len(out.splitlines()) == 3 and CLEAR_LINE not in out
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    reporter = Reporter(False)
+    reporter.progress(tmp_path, Progress(1, METRICS, 1.0, 1.0))
+    reporter.say("x")
+    assert capsys.readouterr().out == "" and not (tmp_path / METRICS_FILE).exists()
