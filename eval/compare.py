@@ -45,9 +45,8 @@ from eval.comparison.cell import (
     windows_file,
 )
 from eval.comparison.overlap import check_apart
-from eval.score import Parser, positive
 from llm_vtrans.calibration import TextSource, calibrate
-from llm_vtrans.command import run_command
+from llm_vtrans.command import Parser, positive, run_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.loading import EMBEDDED, Source, load_tokenizer, open_source
 from llm_vtrans.output_folder import atomic_write_bytes

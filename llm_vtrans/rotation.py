@@ -32,6 +32,11 @@ class Basis:
     write: Tensor
     read: Tensor
 
+    @classmethod
+    def rotation(cls, matrix: Tensor) -> Basis:
+        """The basis after an orthogonal change `(hidden_size, hidden_size)`."""
+        return cls(matrix, matrix)
+
 
 def rotated_architecture(architecture: Architecture) -> Architecture:
     """The table after rotation: a tied head comes apart, as it absorbs the final norm."""

@@ -16,6 +16,7 @@ from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
 from llm_vtrans.loading import Source
+from llm_vtrans.rotation import Basis
 
 SHARD_SIZE = 5 * 10**9
 
@@ -60,7 +61,12 @@ class Case:
         self, architecture: Architecture, plan: PrunePlan, basis: Tensor | None
     ) -> tuple[Pruning, PreTrainedModel]:
         """Writes the product's checkpoint and loads it as its user would, in float32."""
-        pruning = Pruning(self.source.checkpoint, architecture, plan, basis)
+        pruning = Pruning(
+            self.source.checkpoint,
+            architecture,
+            plan,
+            None if basis is None else Basis.rotation(basis),
+        )
         is_uniform = plan.shape.is_uniform
         export_model(
             pruning, self.source.family, self.source.config, is_uniform, self.folder, SHARD_SIZE

@@ -30,7 +30,7 @@ from llm_vtrans.export import Pruning, export_config
 from llm_vtrans.families import Architecture, Axis, Shape
 from llm_vtrans.families.base import Stream, Sublayer, TensorSpec
 from llm_vtrans.loading import untie_head
-from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.rotation import Basis, rotated_architecture
 
 NOTE = "scored in memory: its residual matrices have no place in a stock config; they are counted"
 
@@ -53,7 +53,7 @@ class SliceGPT:
         size = sliced_size(problem)
         bases = block_bases(network, architecture)
         plan = leading_dimensions(architecture, size)
-        pruning = Pruning(case.source.checkpoint, architecture, plan, bases[0])
+        pruning = Pruning(case.source.checkpoint, architecture, plan, Basis.rotation(bases[0]))
         model = sliced_model(case, pruning, bases).to(case.device)  # type: ignore[arg-type]
         extra = 2 * architecture.num_layers * size**2
         num_params = problem.cost.of(plan.shape) + extra
@@ -143,7 +143,7 @@ def sliced_model(case: Case, pruning: Pruning, bases: list[Tensor]) -> PreTraine
     model = empty_model(config)
     for written, (name, spec, layer) in pruning.tensors().items():
         index = basis_index(spec, layer, architecture.num_layers)
-        tensor = replace(pruning, basis=bases[index]).pruned(name, spec, layer)
+        tensor = replace(pruning, basis=Basis.rotation(bases[index])).pruned(name, spec, layer)
         model.get_parameter(written).copy_(tensor)
     size = pruning.plan.shape.hidden
     norms = norm_names(architecture)

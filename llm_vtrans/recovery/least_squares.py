@@ -196,7 +196,7 @@ def stream_map(pruning: Pruning, device: torch.device) -> Callable[[Tensor], Ten
     factor = (gate[kept] * (len(kept) / len(gate)) ** 0.5).to(device)
     if pruning.basis is None:
         return lambda y: y[..., kept.to(device)] * factor
-    columns = pruning.basis[:, kept].to(device) * factor
+    columns = pruning.basis.write[:, kept].to(device) * factor
     return lambda y: y.float() @ columns
 
 
