@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_vtrans.attachment import PROJECTORS, presence
 from llm_vtrans.budget import Budget, Cost, complete
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Sublayer
+from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks, keep_probability
 
 REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes
@@ -32,10 +35,14 @@ class PrunePlan:
         keep: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`; a sub-layer without
             kept units is removed.
         gate: the masks' `mu`, float32, of the same structures and `layers (L, 2)`.
+        head_dim: kept dimensions of every head; None keeps all.
+        basis: of the heads, where not all of their dimensions are kept.
     """
 
     keep: Mapping[str, Tensor]
     gate: Mapping[str, Tensor]
+    head_dim: int | None = None
+    basis: HeadBasis | None = None
 
     @property
     def shape(self) -> Shape:
@@ -44,6 +51,7 @@ class PrunePlan:
             int(self.keep[Axis.HIDDEN].sum()),
             tuple(self.keep[Axis.HEADS].sum(1).tolist()),
             tuple(self.keep[Axis.FFN].sum(1).tolist()),
+            self.head_dim,
         )
 
     def hard(self) -> dict[str, Tensor]:
@@ -51,18 +59,66 @@ class PrunePlan:
         hard = {name: self.gate[name] * self.keep[name] for name in self.keep}
         # A removed sub-layer may have a bias, which no unit gate reaches.
         present = torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)
-        return {**hard, "layers": self.gate["layers"] * present}
+        if self.head_dim is not None and self.basis is not None:
+            projectors = self.basis.projectors(self.head_dim)
+            hard |= {PROJECTORS[role]: maps for role, maps in projectors.items()}
+        kept = {"hidden": self.keep[Axis.HIDDEN], "layers": present}
+        return {
+            **hard,
+            "layers": self.gate["layers"] * present,
+            **presence(kept, len(present)),
+        }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What allocation knows of the model and the target."""
+    """What allocation knows of the model and the target.
+
+    Attributes:
+        architecture: the model's table.
+        cost: what the budget counts.
+        budget: the target.
+        round_to: multiple that pruned dimensions are rounded to.
+        is_uniform: stock layout, else per-layer.
+        head_retention: `(head_dim,)`, what a head is still worth with its first i + 1
+            dimensions, for layouts that prune inside heads; None counts them alike.
+    """
 
     architecture: Architecture
     cost: Cost
     budget: Budget
     round_to: int
     is_uniform: bool
+    head_retention: Tensor | None = None
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether heads times their width must be the hidden size."""
+        return self.is_uniform and self.architecture.couples_heads
+
+    def head_widths(self, hidden: Tensor, heads: int) -> tuple[Tensor | None, Tensor]:
+        """Width of a head for each hidden size, and which sizes are possible.
+
+        Args:
+            hidden: hidden sizes, `(n,)`.
+            heads: heads in each layer.
+
+        Returns:
+            `(n,)` dimensions of a head, or None where all stay, and `(n,)` bool.
+        """
+        whole = self.architecture.head_dim
+        if not self.is_coupled or whole is None:
+            return None, torch.ones_like(hidden, dtype=torch.bool)
+        possible = (hidden % heads == 0) & (hidden <= heads * whole)
+        return (hidden // heads).clamp(1, whole), possible
+
+    def retention(self, head_dim: Tensor | None) -> Any:
+        """What a head is worth with these widths, 1 with all."""
+        if head_dim is None:
+            return 1.0
+        if self.head_retention is None:
+            return head_dim / float(self.architecture.head_dim or 1)
+        return self.head_retention[head_dim - 1]
 
     def counts(self, axis: Axis, is_pruned: bool) -> list[int]:
         """Allowed numbers of units: multiples that make the dimension divisible, or all."""
@@ -76,11 +132,13 @@ class Problem:
         """Units per rounding step: `round_to` divided among the entries a unit covers."""
         if axis is not Axis.HEADS:
             return self.round_to
+        if self.is_coupled:  # heads and their width make up the hidden size, which is rounded
+            return 1
         width = next(
             self.architecture.units_per(dim)
             for spec in self.architecture.tensors
             for dim in spec.dims
-            if dim.axis is Axis.HEADS and spec.stream is Stream.WRITES
+            if dim.axis is Axis.HEADS and spec.is_write
         )
         return self.round_to // gcd(self.round_to, width)
 
@@ -129,20 +187,23 @@ def allocate_scores(
     while (shape := choose(full, benefits, present, pruned, problem)) is None:
         present = _drop_one(present, scores, problem)
     gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
-    return PrunePlan(_keep_best(full, shape), {n: g.contiguous() for n, g in gates.items()})
+    gates = {name: gate.contiguous() for name, gate in gates.items()}
+    return PrunePlan(_keep_best(full, shape), gates, shape.head_dim)
 
 
 def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
     """Raises UserError if no allowed shape meets the budget."""
-    layers = problem.architecture.num_layers
-    smallest = {axis: problem.counts(axis, axis.value in pruned)[0] for axis in Axis}
-    kept = 1 if "layers" in pruned else layers
-    shape = Shape(
-        smallest[Axis.HIDDEN],
-        (smallest[Axis.HEADS],) * kept + (0,) * (layers - kept),
-        (smallest[Axis.FFN],) * kept + (0,) * (layers - kept),
-    )
-    least = problem.cost.of(shape)
+    kept = torch.ones(problem.architecture.num_layers, dtype=torch.bool)
+    kept[1:] = "layers" not in pruned
+    hidden = torch.tensor(problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned))
+    ffn = problem.counts(Axis.FFN, Axis.FFN in pruned)[0]
+    shapes = []
+    for heads in problem.counts(Axis.HEADS, Axis.HEADS in pruned):
+        head_dim, possible = problem.head_widths(hidden, heads)
+        for i in torch.nonzero(possible).flatten()[:1].tolist():
+            width = None if head_dim is None else int(head_dim[i])
+            shapes.append(_uniform_shape(int(hidden[i]), heads, ffn, kept, width))
+    least = min(problem.cost.of(shape) for shape in shapes)
     if least > problem.budget.target:
         raise UserError(
             f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable: with "
@@ -224,7 +285,9 @@ def _choose_uniform(
     kept = present.any(dim=1)
     num_kept = int(kept.sum())
     cost, target = problem.cost, problem.budget.target
-    options = {axis: problem.counts(axis, axis.value in pruned) for axis in Axis}
+    options = {
+        axis: problem.counts(axis, axis in pruned) for axis in (Axis.HIDDEN, *UNIT_AXIS.values())
+    }
 
     def gain(axis: Axis) -> Tensor:  # best n units of every kept layer, for each allowed n
         ranked = benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
@@ -237,14 +300,18 @@ def _choose_uniform(
     hidden_gain, ffn_gain = _hidden_gain(benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
     found: list[tuple[float, float, Shape]] = []
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
-        attention = cost.part(Sublayer.ATTENTION, hidden, heads)
+        head_dim, possible = problem.head_widths(hidden, heads)
+        attention = cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
         room = target - cost.outside(hidden) - num_kept * (attention + ffn_base)
         most = torch.div(room, num_kept * ffn_slope, rounding_mode="floor")
         index = torch.searchsorted(ffn_options, most, right=True) - 1
-        total = hidden_gain + heads_gain + ffn_gain[index.clamp(min=0)]
+        total = hidden_gain + heads_gain * problem.retention(head_dim)
+        total = total + ffn_gain[index.clamp(min=0)]
         unused = (room - num_kept * ffn_slope * ffn_options[index.clamp(min=0)]) / target
-        for i in torch.nonzero(index >= 0).flatten().tolist():
-            shape = _uniform_shape(int(hidden[i]), heads, int(ffn_options[index[i]]), kept)
+        for i in torch.nonzero(possible & (index >= 0)).flatten().tolist():
+            width = None if head_dim is None else int(head_dim[i])
+            ffn = int(ffn_options[index[i]])
+            shape = _uniform_shape(int(hidden[i]), heads, ffn, kept, width)
             found.append((float(unused[i]), float(total[i]), shape))
     if not found:
         return None
@@ -256,11 +323,14 @@ def _choose_uniform(
     return max(fitting, key=lambda entry: entry[1])[2]
 
 
-def _uniform_shape(hidden: int, heads: int, ffn: int, kept: Tensor) -> Shape:
+def _uniform_shape(
+    hidden: int, heads: int, ffn: int, kept: Tensor, head_dim: int | None = None
+) -> Shape:
     return Shape(
         hidden,
         tuple(heads if k else 0 for k in kept.tolist()),
         tuple(ffn if k else 0 for k in kept.tolist()),
+        head_dim,
     )
 
 

@@ -3,11 +3,13 @@
 The exported dense network computes the same function as the hard-masked one:
 
 - gates are folded once, into the tensors that write to the residual stream;
-- a norm over `d'` of `d` dimensions sees `d / d'` times the mean square, so what writes
-  to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The norm's
-  epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
-  per-head norms of families that share it);
-- a tied head reads through the folded embedding, which the final norm's weight undoes.
+- an RMSNorm over `d'` of `d` dimensions sees `d / d'` times the mean square, so what
+  writes to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The
+  norm's epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
+  per-head norms of families that share it). A LayerNorm was trained over the kept
+  dimensions and needs none of this;
+- a tied head reads through the folded embedding, which the final norm undoes;
+- where dimensions inside heads go, the rest is written in the plan's basis of each head.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.families.base import (
     Architecture,
     Axis,
+    Dim,
     Family,
+    Norm,
     Stream,
     Sublayer,
     TensorSpec,
 )
+from llm_vtrans.head_basis import PREFIX
 from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.shard_writer import ShardWriter
 
@@ -79,7 +84,7 @@ class Pruning:
         """Where a tensor is read from: a head that was tied comes from the embedding."""
         if name in self.source.tensors:
             return name
-        return next(spec.name for spec in self.architecture.tensors if spec.is_lookup)
+        return self.architecture.embedding.name
 
     def kept(self, axis: Axis, layer: int | None) -> Tensor:
         """Indices of the kept units of an axis, `(num_kept,)`."""
@@ -91,9 +96,14 @@ class Pruning:
         return tuple(
             dim.size
             if dim.axis is None
-            else len(self.kept(dim.axis, layer)) * self.architecture.units_per(dim)
+            else dim.num_blocks * len(self.kept(dim.axis, layer)) * self._width(dim)
             for dim in spec.dims
         )
+
+    def _width(self, dim: Dim) -> int:
+        """Entries that one kept unit keeps, in each block."""
+        whole = self.architecture.units_per(dim)
+        return (self.plan.head_dim or whole) if dim.roles else whole
 
     def pruned(self, name: str, spec: TensorSpec, layer: int | None) -> Tensor:
         """One tensor, rotated, sliced and folded, in the dtype it is written in."""
@@ -113,42 +123,76 @@ class Pruning:
     def _transform(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         for index, dim in enumerate(spec.dims):  # units first: rotation then has less to do
             if dim.axis not in (None, Axis.HIDDEN):
-                weight = weight.index_select(index, self._entries(dim.axis, dim, layer))
-        hidden = spec.dim_of(Axis.HIDDEN)
+                weight = self._select(weight, index, dim, layer)
         weight = weight.float()
-        if hidden is not None:
-            kept = self.kept(Axis.HIDDEN, None)
-            if self.basis is not None:
-                norm = self.source.read(spec.norm.format(layer)) if spec.norm else None
-                weight = rotate_tensor(weight, spec, self.basis[:, kept], norm)
-            else:
-                weight = weight.index_select(hidden, kept)
+        kept = self.kept(Axis.HIDDEN, None)
+        if self.basis is not None:
+            if spec.dim_of(Axis.HIDDEN) is not None:
+                weight = rotate_tensor(weight, spec, self.basis[:, kept], self._norm(spec, layer))
+        else:
+            for index, dim in enumerate(spec.dims):
+                if dim.axis is Axis.HIDDEN:
+                    weight = weight.index_select(index, kept)
         return self._fold(weight, spec, layer)
 
-    def _entries(self, axis: Axis, dim: Any, layer: int | None) -> Tensor:
-        width = self.architecture.units_per(dim)
-        return (self.kept(axis, layer)[:, None] * width + torch.arange(width)).flatten()
+    def _select(self, weight: Tensor, index: int, dim: Dim, layer: int | None) -> Tensor:
+        """Kept heads or FFN units of one dimension."""
+        assert dim.axis is not None and layer is not None
+        units, width = self.kept(dim.axis, layer), self.architecture.units_per(dim)
+        if dim.roles and self._width(dim) < width:
+            assert self.plan.basis is not None, "dimensions inside heads need a basis"
+            return self.plan.basis.apply(weight, index, dim, layer, units, self._width(dim))
+        starts = torch.arange(dim.num_blocks)[:, None] * self.architecture.num_units[dim.axis]
+        entries = (starts + units).flatten()[:, None] * width + torch.arange(width)
+        return weight.index_select(index, entries.flatten())
+
+    def _norm(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
+        """What the norm in front of a reader multiplies by."""
+        if spec.norm is None:
+            return None
+        offset = next(row.offset for row in self.architecture.tensors if row.name == spec.norm)
+        return self.source.read(spec.norm.format(layer)) + offset
+
+    @property
+    def _scale(self) -> float:
+        """What writes to the stream are multiplied by, so that norms need no other epsilon."""
+        if self.architecture.norm is Norm.LAYER:
+            return 1.0
+        return sqrt(self.plan.shape.hidden / self.architecture.num_units[Axis.HIDDEN])
+
+    def _hidden_factor(self, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What a write's kept hidden dimensions are multiplied by, `(num_kept,)` or `(1,)`."""
+        gate, factor = self.plan.gate, torch.ones(1)
+        if spec.stream is Stream.WRITES:
+            factor = gate[Axis.HIDDEN][self.kept(Axis.HIDDEN, None)] * self._scale
+        if spec.grows_with_width:
+            width = self.architecture.num_units[Axis.HIDDEN]
+            factor = factor * sqrt(width / self.plan.shape.hidden)
+        if spec.sublayer is not None:
+            factor = factor * gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
+        return factor
 
     def _fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
-        kept, gate = self.kept(Axis.HIDDEN, None), self.plan.gate
-        scale = sqrt(len(kept) / self.architecture.num_units[Axis.HIDDEN])
-        if spec.stream is Stream.SCALES:
-            is_shared = spec.name == self.architecture.final_norm and self.architecture.tied_head
-            undo = scale * gate[Axis.HIDDEN][kept] if is_shared else torch.ones(())
-            return weight / (scale * undo)
-        if spec.stream is not Stream.WRITES:
+        architecture, gate = self.architecture, self.plan.gate
+        if spec.stream is Stream.RENEWS:
+            return weight * gate[Axis.HIDDEN][self.kept(Axis.HIDDEN, None)]
+        if spec.stream in (Stream.SCALES, Stream.SHIFTS):
+            factor = torch.ones(1)
+            if architecture.tied_head and architecture.is_final_norm(spec):
+                factor = self._hidden_factor(architecture.embedding, None)
+            if spec.stream is Stream.SCALES:
+                factor = factor * self._scale
+            return (weight + spec.offset) / factor - spec.offset
+        if not spec.is_write:
             return weight
         for index, dim in enumerate(spec.dims):
             if dim.axis is None:
                 continue
-            factor = gate[dim.axis] if dim.axis is Axis.HIDDEN else gate[dim.axis][layer]
-            factor = factor[self.kept(dim.axis, layer)].repeat_interleave(
-                self.architecture.units_per(dim)
-            )
             if dim.axis is Axis.HIDDEN:
-                factor = factor * scale
-                if spec.sublayer is not None:
-                    factor = factor * gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
+                factor = self._hidden_factor(spec, layer)
+            else:
+                factor = gate[dim.axis][layer][self.kept(dim.axis, layer)]
+                factor = factor.repeat_interleave(self._width(dim))
             weight = weight * factor.view([-1 if i == index else 1 for i in range(weight.dim())])
         return weight
 
@@ -224,4 +268,7 @@ def export_model(
 def plan_tensors(plan: PrunePlan, basis: Tensor | None) -> Mapping[str, Tensor]:
     """What `masks.safetensors` keeps of a plan beside the masks themselves."""
     tensors = {f"keep.{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
+    if plan.head_dim is not None and plan.basis is not None:
+        kept = {role: maps[:, :, : plan.head_dim] for role, maps in plan.basis.maps.items()}
+        tensors |= {f"{PREFIX}{role}": maps.contiguous() for role, maps in kept.items()}
     return tensors if basis is None else {**tensors, "rotation": basis}

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
@@ -25,6 +25,7 @@ from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model, plan_tensors
 from llm_vtrans.families import Architecture
+from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
@@ -97,6 +98,7 @@ class Job:
     output: OutputFolder
     perplexity: dict[str, float] = field(default_factory=dict)
     basis: Tensor | None = None
+    head_basis: HeadBasis | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
 
     # Filled by `load` and `allocate`.
@@ -185,6 +187,12 @@ class Job:
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
         self.perplexity["dense"] = self._heldout(model)
+        if self.architecture.couples_heads:
+            with self.reporter.phase("heads"):
+                self.head_basis = balanced_basis(
+                    model, self.architecture, self._first_windows(), lambda batch: model(batch)
+                )
+                self.problem = replace(self.problem, head_retention=self.head_basis.retained)
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
                 known = trained if saved is None else extra_tensors(saved[1])
@@ -247,11 +255,16 @@ class Job:
         if self.source.architecture.tied_head is not None:
             untie_head(model)
         if basis is None:
-            windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
-            batches = list(windows.split(self.args.batch_size))
-            basis = principal_basis(model, self.architecture, batches, lambda b: model(b))
+            basis = principal_basis(
+                model, self.architecture, self._first_windows(), lambda b: model(b)
+            )
         self.basis = basis
         rotate_model(model, self.architecture, basis)
+
+    def _first_windows(self) -> list[Tensor]:
+        """Batches of calibration windows, the same on every rank, for second moments."""
+        windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
+        return list(windows.split(self.args.batch_size))
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""
@@ -303,11 +316,15 @@ class Job:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
         masks = self.objective.masks
         with self.reporter.phase("allocate"):
-            self.plan = allocate(masks, self.problem)
+            self.plan = self._allocate(masks, self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["masked"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                self.perplexity["other_layout"] = self._masked_perplexity(allocate(masks, other))
+                plan = self._allocate(masks, other)
+                self.perplexity["other_layout"] = self._masked_perplexity(plan)
+
+    def _allocate(self, masks: VIBMasks, problem: Problem) -> PrunePlan:
+        return replace(allocate(masks, problem), basis=self.head_basis)
 
     def _masked_perplexity(self, plan: PrunePlan) -> float:
         device = self.accelerator.device
@@ -344,7 +361,7 @@ class Job:
                 self.source.checkpoint.sha256(),
             )
         with self.reporter.phase("score"):
-            pruned = AutoModelForCausalLM.from_pretrained(
+            pruned = self.source.auto_class.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
             ).to(self.accelerator.device)
             self.perplexity["pruned"] = self._heldout(pruned)

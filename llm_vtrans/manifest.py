@@ -28,6 +28,7 @@ def kept_units(shape: Shape) -> dict[str, Any]:
         "hidden": shape.hidden,
         "heads": list(shape.heads),
         "ffn": list(shape.ffn),
+        "head_dim": shape.head_dim,
         "removed_sublayers": [
             f"{index}.{part}"
             for index in range(len(shape.heads))

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.attachment import MaskedModel, presence
 from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis
@@ -99,7 +99,9 @@ class MaskObjective(nn.Module):
         self.masked.set_gates(None)
         with torch.no_grad():
             teacher = self.masked(input_ids)
-        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
+        gates = complete_layers(self.masks.sample(generator), architecture)
+        there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
+        self.masked.set_gates({**gates, **there})
         distillation = distillation_loss(self.masked(input_ids), teacher)
         sparsity = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
         penalty = self.lagrangian(sparsity - target)
