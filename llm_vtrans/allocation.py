@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.attachment import PROJECTORS, presence
-from llm_vtrans.budget import Budget, Cost, complete
+from llm_vtrans.budget import Budget, Cost, Limit, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Sublayer
 from llm_vtrans.head_basis import HeadBasis
@@ -80,6 +80,7 @@ class Problem:
         budget: the target.
         round_to: multiple that pruned dimensions are rounded to.
         is_uniform: stock layout, else per-layer.
+        also: further limits, each of which must hold.
         head_retention: `(head_dim,)`, what a head is still worth with its first i + 1
             dimensions, for layouts that prune inside heads; None counts them alike.
     """
@@ -89,7 +90,13 @@ class Problem:
     budget: Budget
     round_to: int
     is_uniform: bool
+    also: tuple[Limit, ...] = ()
     head_retention: Tensor | None = None
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """All that must hold."""
+        return (Limit(self.cost, self.budget), *self.also)
 
     @property
     def is_coupled(self) -> bool:
@@ -177,12 +184,12 @@ def allocate_scores(
         UserError: even the smallest allowed model exceeds the budget.
     """
     architecture = problem.architecture
-    pruned, target = frozenset(scores), problem.budget.target
+    pruned = frozenset(scores)
     full = complete(scores, architecture)
     present = _present(scores, architecture)
-    while "layers" in scores and not bool(present.all()) and _most(present, problem) < target:
+    while "layers" in scores and not bool(present.all()) and _fits_whole(present, problem):
         present = _restore_one(present, scores)
-    benefits = _benefits(full, problem.cost)
+    benefits = _benefits(full, problem)
     choose = _choose_uniform if problem.is_uniform else _choose_free
     while (shape := choose(full, benefits, present, pruned, problem)) is None:
         present = _drop_one(present, scores, problem)
@@ -203,14 +210,17 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
         for i in torch.nonzero(possible).flatten()[:1].tolist():
             width = None if head_dim is None else int(head_dim[i])
             shapes.append(_uniform_shape(int(hidden[i]), heads, ffn, kept, width))
-    least = min(problem.cost.of(shape) for shape in shapes)
-    if least > problem.budget.target:
-        raise UserError(
-            f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable: with "
-            f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the smallest "
-            f"model has {least:,}; lower --sparsity below "
-            f"{1 - least / problem.budget.dense:.3f} or prune more structures"
-        )
+    for limit in problem.limits:
+        budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)
+        if least > budget.target:
+            remedy = f"lower --sparsity below {1 - least / budget.dense:.3f}"
+            if budget.kind != "params":
+                remedy = f"raise --macs above {least / budget.dense:.3f}"
+            raise UserError(
+                f"budget of {budget.target:,} {budget.kind} is unreachable: with "
+                f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the "
+                f"smallest model has {least:,}; {remedy} or prune more structures"
+            )
 
 
 def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
@@ -228,12 +238,13 @@ def _goes_whole(scores: Mapping[str, Tensor]) -> bool:
     return scores["layers"].shape[1] == 1
 
 
-def _most(present: Tensor, problem: Problem) -> int:
-    """Cost of the largest model with these sub-layers."""
+def _fits_whole(present: Tensor, problem: Problem) -> bool:
+    """Whether the largest model with these sub-layers leaves room in every budget."""
     units = problem.architecture.num_units
     rows = present.long() * torch.tensor([units[Axis.HEADS], units[Axis.FFN]])
     heads, ffn = rows.T.tolist()
-    return problem.cost.of(Shape(units[Axis.HIDDEN], tuple(heads), tuple(ffn)))
+    shape = Shape(units[Axis.HIDDEN], tuple(heads), tuple(ffn))
+    return all(limit.cost.of(shape) < limit.budget.target for limit in problem.limits)
 
 
 def _restore_one(present: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
@@ -261,10 +272,14 @@ def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -
     return present
 
 
-def _benefits(scores: Mapping[str, Tensor], cost: Cost) -> dict[str, Tensor]:
-    """Keep probability times marginal cost at the expected model, per unit."""
+def _benefits(scores: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor]:
+    """Keep probability times marginal cost at the expected model, per unit.
+
+    With several budgets, the sum of the shares of each.
+    """
     variables = {n: s.clone().requires_grad_() for n, s in scores.items()}
-    gradients = torch.autograd.grad(cost.expected(variables), list(variables.values()))
+    shares = [limit.cost.expected(variables) / limit.budget.dense for limit in problem.limits]
+    gradients = torch.autograd.grad(torch.stack(shares).sum(), list(variables.values()))
     return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
 
 
@@ -284,7 +299,6 @@ def _choose_uniform(
     """One head count and one FFN count for every kept layer, by enumeration."""
     kept = present.any(dim=1)
     num_kept = int(kept.sum())
-    cost, target = problem.cost, problem.budget.target
     options = {
         axis: problem.counts(axis, axis in pruned) for axis in (Axis.HIDDEN, *UNIT_AXIS.values())
     }
@@ -295,19 +309,17 @@ def _choose_uniform(
 
     hidden = torch.tensor(options[Axis.HIDDEN])
     ffn_options = torch.tensor(options[Axis.FFN])
-    ffn_base = cost.part(Sublayer.FFN, hidden, 0)
-    ffn_slope = cost.part(Sublayer.FFN, hidden, 1) - ffn_base
     hidden_gain, ffn_gain = _hidden_gain(benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
     found: list[tuple[float, float, Shape]] = []
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
         head_dim, possible = problem.head_widths(hidden, heads)
-        attention = cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
-        room = target - cost.outside(hidden) - num_kept * (attention + ffn_base)
-        most = torch.div(room, num_kept * ffn_slope, rounding_mode="floor")
+        room, slope = _ffn_room(problem, hidden, heads, head_dim, num_kept)
+        most = torch.div(room, slope, rounding_mode="floor").amin(0)
         index = torch.searchsorted(ffn_options, most, right=True) - 1
         total = hidden_gain + heads_gain * problem.retention(head_dim)
         total = total + ffn_gain[index.clamp(min=0)]
-        unused = (room - num_kept * ffn_slope * ffn_options[index.clamp(min=0)]) / target
+        targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+        unused = ((room - slope * ffn_options[index.clamp(min=0)]) / targets).amin(0)
         for i in torch.nonzero(possible & (index >= 0)).flatten().tolist():
             width = None if head_dim is None else int(head_dim[i])
             ffn = int(ffn_options[index[i]])
@@ -321,6 +333,25 @@ def _choose_uniform(
         fitting = [e for e in found if e[1] >= 0.98 * best] if problem.round_to > 1 else found
         return min(fitting, key=lambda entry: entry[0])[2]
     return max(fitting, key=lambda entry: entry[1])[2]
+
+
+def _ffn_room(
+    problem: Problem, hidden: Tensor, heads: int, head_dim: Tensor | None, num_kept: int
+) -> tuple[Tensor, Tensor]:
+    """What every limit leaves for FFN units, and the price of one in each kept layer.
+
+    Returns:
+        Two tensors `(num_limits, num_hidden_sizes)`.
+    """
+    rooms, slopes = [], []
+    for limit in problem.limits:
+        cost = limit.cost
+        base = cost.part(Sublayer.FFN, hidden, 0)
+        attention = cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
+        used = cost.outside(hidden) + num_kept * (attention + base)
+        rooms.append(limit.budget.target - used)
+        slopes.append(num_kept * (cost.part(Sublayer.FFN, hidden, 1) - base))
+    return torch.stack(rooms), torch.stack(slopes)
 
 
 def _uniform_shape(
@@ -382,7 +413,6 @@ def _choose_free(
     problem: Problem,
 ) -> Shape | None:
     """Counts free in every layer: for each hidden size the best-scored units that fit."""
-    cost, target = problem.cost, problem.budget.target
     blocks = _blocks(scores, benefits, present, pruned, problem)
     units = {
         Sublayer.ATTENTION: (blocks.size * ~blocks.is_ffn).cumsum(0),
@@ -394,12 +424,16 @@ def _choose_free(
     for hidden, hidden_gain in zip(
         hidden_options, _hidden_gain(benefits, hidden_options).tolist(), strict=True
     ):
-        spent = torch.full_like(gains, cost.outside(hidden)).long()
-        for index, part in enumerate(Sublayer):
-            base = cost.part(part, hidden, 0)
-            slope = cost.part(part, hidden, 1) - base
-            spent = spent + int(present[:, index].sum()) * base + slope * units[part]
-        num = int(torch.searchsorted(spent, target, right=True))
+        rows = []
+        for limit in problem.limits:
+            row = torch.full_like(gains, limit.cost.outside(hidden)).long()
+            for index, part in enumerate(Sublayer):
+                base = limit.cost.part(part, hidden, 0)
+                slope = limit.cost.part(part, hidden, 1) - base
+                row = row + int(present[:, index].sum()) * base + slope * units[part]
+            rows.append(row)
+        spent = torch.stack(rows)
+        num = _num_within(spent, problem)
         if num < blocks.num_forced:
             continue
         gain = hidden_gain + float(gains[num - 1])
@@ -411,21 +445,41 @@ def _choose_free(
     return _fill(blocks, hidden, spent, problem)
 
 
+def _num_within(spent: Tensor, problem: Problem) -> int:
+    """Leading blocks that every limit admits.
+
+    Args:
+        spent: cost of the first i + 1 blocks, `(num_limits, num_blocks)`.
+        problem: gives the limits.
+    """
+    targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+    return int(torch.searchsorted(spent, targets, right=True).min())
+
+
 def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shape:
     """Takes blocks in order while they fit, then any later one that still does."""
-    cost, target = problem.cost, problem.budget.target
-    num = int(torch.searchsorted(spent, target, right=True))
+    limits = problem.limits
+    num = _num_within(spent, problem)
     taken = list(range(num))
-    room = target - int(spent[num - 1])
+    rooms = [limit.budget.target - int(spent[i, num - 1]) for i, limit in enumerate(limits)]
+    prices = {
+        part: [
+            int(limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0))
+            for limit in limits
+        ]
+        for part in Sublayer
+    }
     closed: set[tuple[bool, int]] = set()  # after a block, only the next one of its row may follow
-    for i in range(num, len(spent)):
+    for i in range(num, spent.shape[1]):
         row = bool(blocks.is_ffn[i]), int(blocks.layer[i])
         part = Sublayer.FFN if blocks.is_ffn[i] else Sublayer.ATTENTION
-        unit = cost.part(part, hidden, 1) - cost.part(part, hidden, 0)
-        price = int(unit) * int(blocks.size[i])
-        if price <= room and row not in closed:
+        left = [
+            room - price * int(blocks.size[i])
+            for room, price in zip(rooms, prices[part], strict=True)
+        ]
+        if min(left) >= 0 and row not in closed:
             taken.append(i)
-            room -= price
+            rooms = left
         else:
             closed.add(row)
     counts = torch.zeros(2, problem.architecture.num_layers, dtype=torch.long)

@@ -154,7 +154,7 @@ class Budget:
     """What the pruned model may cost at most.
 
     Attributes:
-        kind: `params`.
+        kind: `params` or `MACs`.
         target: largest allowed cost.
         dense: cost of the dense model.
     """
@@ -167,6 +167,19 @@ class Budget:
     def sparsity(self) -> float:
         """Share of the dense cost that must go."""
         return 1 - self.target / self.dense
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget and what it counts; of several, the tighter binds.
+
+    Attributes:
+        cost: the count.
+        budget: how large it may become.
+    """
+
+    cost: Cost
+    budget: Budget
 
 
 class Lagrangian(nn.Module):

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Cost, dense_shape, mac_cost
+from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
@@ -41,6 +41,7 @@ from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
     calibration_data,
+    dense_params,
     make_problem,
     rotates,
     training_settings,
@@ -157,10 +158,14 @@ class Job:
 
     def show_plan(self) -> None:
         """Prints what is going to happen."""
-        budget, args = self.problem.budget, self.args
+        args = self.args
+        aims = " and ".join(
+            f"from {limit.budget.dense:,} to at most {limit.budget.target:,} {limit.budget.kind} "
+            f"({100 * limit.budget.sparsity:.1f}% less)"
+            for limit in self.problem.limits
+        )
         self.reporter.say(
-            f"{args.model}: {self.source.config.model_type}, {budget.dense:,} parameters, "
-            f"to at most {budget.target:,} ({100 * budget.sparsity:.1f}% less)\n"
+            f"{args.model}: {self.source.config.model_type}, {aims}\n"
             f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
@@ -205,7 +210,12 @@ class Job:
             masks.load_state_dict({name: trained[name] for name in masks.state_dict()})
             self.first_step = self.settings.num_steps
         self.objective = MaskObjective(
-            self.masked, masks, self.problem.cost, self.problem.budget, self.settings
+            self.masked,
+            masks,
+            self.problem.cost,
+            self.problem.budget,
+            self.settings,
+            self.problem.also,
         ).to(self.accelerator.device)
         self.optimizer = make_optimizer(self.objective, self.args.learning_rate)
         if saved is not None:
@@ -374,12 +384,16 @@ class Job:
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
-        shape, budget = self.plan.shape, self.problem.budget
+        shape = self.plan.shape
         written = Checkpoint.open(folder)
         num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
-        num_params = self.problem.cost.of(shape)
+        num_params = parameter_cost(self.architecture).of(shape)
         assert num_written == num_params, (num_written, num_params)
         dense_macs = mac_cost(self.source.architecture, self.seq_len)
+        budgets = [
+            {**asdict(limit.budget), "achieved": limit.cost.of(shape)}
+            for limit in self.problem.limits
+        ]
         return {
             "method": "faster-vtrans",
             "source": {
@@ -387,17 +401,15 @@ class Job:
                 "revision": self.args.revision,
                 "sha256": self.source.checkpoint.sha256(),
             },
-            "params": {"before": budget.dense, "after": num_params},
+            "params": {"before": dense_params(self.source), "after": num_params},
             "macs": {
                 "before": dense_macs.of(dense_shape(self.source.architecture)),
                 "after": self.macs.of(shape),
                 "seq_len": self.seq_len,
             },
             "bytes": {"before": self.source.checkpoint.num_bytes, "after": written.num_bytes},
-            "budget": {
-                "kind": budget.kind, "dense": budget.dense, "target": budget.target,
-                "achieved": num_params,
-            },
+            "budget": budgets[0],
+            "also": budgets[1:],
             "kept": kept_units(shape),
             "layout": self.args.layout,
             "rotation": "pca" if self.basis is not None else "none",

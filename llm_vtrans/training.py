@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llm_vtrans.attachment import MaskedModel, presence
-from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
+from llm_vtrans.budget import Budget, Cost, Lagrangian, Limit, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
@@ -67,6 +67,7 @@ class MaskObjective(nn.Module):
         cost: what the budget counts.
         budget: the target.
         settings: of the loop.
+        also: further limits; the one that is furthest from its target drives the masks.
     """
 
     def __init__(
@@ -76,14 +77,16 @@ class MaskObjective(nn.Module):
         cost: Cost,
         budget: Budget,
         settings: TrainingSettings,
+        also: tuple[Limit, ...] = (),
     ):
         super().__init__()
         self.masked, self.masks = masked, masks
-        self.cost, self.budget, self.settings = cost, budget, settings
+        self.budget, self.settings = budget, settings
+        self.limits = (Limit(cost, budget), *also)
         self.lagrangian = Lagrangian()
 
     def forward(
-        self, input_ids: Tensor, micro_batch: int, progress: float, target: float
+        self, input_ids: Tensor, micro_batch: int, progress: float, target: Tensor
     ) -> dict[str, Tensor]:
         """Loss terms, each of shape `()`.
 
@@ -91,7 +94,7 @@ class MaskObjective(nn.Module):
             input_ids: tokens `(batch, seq)`.
             micro_batch: global number of this micro-batch; with the seed it decides the noise.
             progress: share of training done, in [0, 1).
-            target: sparsity aimed at in this step.
+            target: sparsity aimed at in this step, of every limit, `(num_limits,)`.
         """
         architecture = self.masked.architecture
         generator = torch.Generator(input_ids.device)
@@ -103,8 +106,9 @@ class MaskObjective(nn.Module):
         there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
         self.masked.set_gates({**gates, **there})
         distillation = distillation_loss(self.masked(input_ids), teacher)
-        sparsity = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
-        penalty = self.lagrangian(sparsity - target)
+        found = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
+        residual, binding = (found - target.to(found)).min(dim=0)
+        penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
         loss = distillation + self.settings.kl_weight * kl + penalty
         return {
@@ -112,13 +116,21 @@ class MaskObjective(nn.Module):
             "distillation": distillation,
             "kl": kl,
             "penalty": penalty,
-            "sparsity": sparsity,
+            "sparsity": found[binding],
         }
 
     def expected_sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """Share of the dense cost that goes if units stay with these probabilities, shape `()`."""
+        """Share of every limit's dense cost that goes if units stay with these probabilities.
+
+        Returns:
+            Shape `(num_limits,)`.
+        """
         full = complete(keep, self.masked.architecture)
-        return 1 - self.cost.expected(full, self.settings.is_uniform) / self.budget.dense
+        kept = [
+            limit.cost.expected(full, self.settings.is_uniform) / limit.budget.dense
+            for limit in self.limits
+        ]
+        return 1 - torch.stack(kept)
 
 
 def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -228,7 +240,7 @@ def train(
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
     """
-    start = float(_initial_sparsity(objective))
+    starts = _initial_sparsity(objective).tolist()
     loader: DataLoader[Tensor] = DataLoader(
         windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
         batch_size=settings.batch_size,
@@ -241,7 +253,12 @@ def train(
     meter = _Meter(settings.num_steps, batch * windows.shape[1], first_step)
     for step in range(first_step, settings.num_steps):
         progress = step / settings.num_steps
-        target = target_at(step, settings.num_steps, start, objective.budget.sparsity)
+        target = torch.tensor(
+            [
+                target_at(step, settings.num_steps, start, limit.budget.sparsity)
+                for start, limit in zip(starts, objective.limits, strict=True)
+            ]
+        )
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - progress)
         for part in range(settings.gradient_accumulation):
             local = step * settings.gradient_accumulation + part
@@ -253,7 +270,8 @@ def train(
                 optimizer.zero_grad()
         num_done = step + 1
         if num_done % settings.log_every == 0 or num_done == settings.num_steps:
-            report(meter.read(num_done, _collect(terms, target, objective, accelerator, num_done)))
+            aim = float(target[0])
+            report(meter.read(num_done, _collect(terms, aim, objective, accelerator, num_done)))
         if num_done % settings.save_every == 0 and num_done < settings.num_steps:
             _check_finite(objective, num_done)
             save(num_done)
