@@ -16,6 +16,7 @@ from llm_vtrans.errors import UserError
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
+TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -44,7 +45,22 @@ class PruneArguments:
     )
     data_config: str | None = _option(None, "Configuration of a hub dataset.")
     data_split: str | None = _option(None, "Split of a hub dataset.")
-    text_field: str | None = _option(None, "Column that holds the text.")
+    text_field: str | None = _option(
+        None, "Column that holds the text; several, separated by commas, for pairs and choices."
+    )
+    task: str | None = _option(
+        None, "What the model is for. Default: what the checkpoint's head is for.", TASKS
+    )
+    eval_data: str | None = _option(
+        None, "Labelled file to score on. Default: the task's validation split, or the file "
+        "validation.* beside --data.",
+    )  # fmt: skip
+    label_field: str = _option("label", "Column that holds the label.")
+    finetune_first: bool = _option(
+        False, "Train a dense model for --task from the pretrained --model, then prune that."
+    )
+    finetune_epochs: float = _option(3.0, "Passes over the data of --finetune-first.")
+    finetune_learning_rate: float = _option(5e-5, "Largest learning rate of --finetune-first.")
     sparsity: float | None = _option(
         None,
         "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless --params or --macs is "

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +93,8 @@ class HeadBasis:
 def balanced_basis(
     model: nn.Module,
     architecture: Architecture,
-    batches: Iterable[Tensor],
-    forward: Callable[[Tensor], object],
+    batches: Iterable[Any],
+    forward: Callable[[Any], object],
 ) -> HeadBasis:
     """The basis from calibration data.
 

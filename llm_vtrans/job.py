@@ -20,7 +20,6 @@ from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model, plan_tensors
@@ -40,10 +39,10 @@ from llm_vtrans.manifest import (
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
-    calibration_data,
     dense_params,
     make_problem,
     rotates,
+    task_data,
     training_settings,
     window_length,
 )
@@ -56,7 +55,8 @@ from llm_vtrans.reporting import (
 )
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
-from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.tasks import Task
+from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training import (
     INITIAL_LOG_VAR,
     MaskObjective,
@@ -83,7 +83,7 @@ class Job:
         architecture: its table, after rotation if there is one.
         problem: budget, rounding and layout.
         settings: of the training loop.
-        data: calibration windows.
+        data: the task with its examples.
         output: the result's folder.
         saved: step and tensors of the unfinished run to continue.
     """
@@ -95,9 +95,10 @@ class Job:
     architecture: Architecture
     problem: Problem
     settings: TrainingSettings
-    data: Calibration
+    data: Task
     output: OutputFolder
     perplexity: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     basis: Tensor | None = None
     head_basis: HeadBasis | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
@@ -131,7 +132,7 @@ class Job:
         output.require_space(2 * source.checkpoint.num_bytes)
         seq_len = window_length(args, source)
         with reporter.phase("calibration"):
-            data = calibration_data(args, source, seq_len)
+            data = task_data(args, source, seq_len)
         settings = training_settings(args, accelerator.num_processes)
         reporter.num_steps = settings.num_steps
         job = cls(
@@ -144,7 +145,7 @@ class Job:
     @property
     def seq_len(self) -> int:
         """Tokens in a calibration window; MACs are stated for this length."""
-        return int(self.data.train.shape[1])
+        return window_length(self.args, self.source)
 
     @property
     def uses_rotation(self) -> bool:
@@ -191,11 +192,12 @@ class Job:
         trained = self._trained_masks()
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
-        self.perplexity["dense"] = self._heldout(model)
+        self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
+        self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
             with self.reporter.phase("heads"):
                 self.head_basis = balanced_basis(
-                    model, self.architecture, self._first_windows(), lambda batch: model(batch)
+                    model, self.architecture, self._first_batches(), lambda b: model(**b)
                 )
                 self.problem = replace(self.problem, head_retention=self.head_basis.retained)
         if self.uses_rotation:
@@ -266,15 +268,16 @@ class Job:
             untie_head(model)
         if basis is None:
             basis = principal_basis(
-                model, self.architecture, self._first_windows(), lambda b: model(b)
+                model, self.architecture, self._first_batches(), lambda b: model(**b)
             )
         self.basis = basis
         rotate_model(model, self.architecture, basis)
 
-    def _first_windows(self) -> list[Tensor]:
-        """Batches of calibration windows, the same on every rank, for second moments."""
-        windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
-        return list(windows.split(self.args.batch_size))
+    def _first_batches(self) -> list[Batch]:
+        """Inputs from the training data, the same on every rank, for second moments."""
+        first = self.data.train.take(torch.arange(min(ROTATION_WINDOWS, len(self.data.train))))
+        batches = first.batches(self.args.batch_size, self.accelerator.device)
+        return [inputs_of(batch) for batch in batches]
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""
@@ -345,7 +348,7 @@ class Job:
         return perplexity
 
     def _heldout(self, model: Any) -> float:
-        return token_perplexity(model, self.data.heldout, self.args.batch_size).value
+        return self.data.evaluate(model, self.args.batch_size)[self.data.headline]
 
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
@@ -374,7 +377,8 @@ class Job:
             pruned = self.source.auto_class.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
             ).to(self.accelerator.device)
-            self.perplexity["pruned"] = self._heldout(pruned)
+            self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
+            self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)
@@ -413,11 +417,14 @@ class Job:
             "kept": kept_units(shape),
             "layout": self.args.layout,
             "rotation": "pca" if self.basis is not None else "none",
-            "perplexity": {
+            "task": self.data.kind,
+            # Of each stage the headline score; a language model's is its perplexity.
+            "perplexity" if self.data.kind == "clm" else "score": {
                 **self.perplexity,
-                "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "
-                f"of {self.seq_len} tokens held out from {self.args.data}",
+                "protocol": self.data.protocol,
             },
+            "headline": self.data.headline,
+            "scores": self.scores,
             "settings": {**asdict(self.args), "steps": self.settings.num_steps},
             "command": command_line(),
             "phases": self.reporter.record(),

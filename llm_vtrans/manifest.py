@@ -16,10 +16,20 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.reporting import table
+from llm_vtrans.tasks import HEADS
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
+PIPELINES = {  # of the hub
+    "clm": "text-generation",
+    "mlm": "fill-mask",
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "multiple-choice": "multiple-choice",
+    "qa": "question-answering",
+}
 
 
 def kept_units(shape: Shape) -> dict[str, Any]:
@@ -99,16 +109,20 @@ def figures(manifest: dict[str, Any]) -> str:
     """The summary table of dense against pruned, as text."""
 
     def row(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
-        return name, text.format(before), text.format(after), f"{after / before:.3f}"
+        ratio = f"{after / before:.3f}" if before else "-"
+        return name, text.format(before), text.format(after), ratio
 
     size, macs = manifest["bytes"], manifest["macs"]
-    params, perplexity = manifest["params"], manifest["perplexity"]
+    params, scores = manifest["params"], manifest["scores"]
     return table(
         [
             ("", "dense", "pruned", "ratio"),
             row("parameters", params["before"], params["after"], "{:,}"),
             row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
-            row("perplexity", perplexity["dense"], perplexity["pruned"], "{:.3f}"),
+            *(
+                row(name.replace("_", "-"), before, scores["pruned"][name], "{:.3f}")
+                for name, before in scores["dense"].items()
+            ),
             row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
         ]
     )
@@ -131,10 +145,12 @@ def model_card(manifest: dict[str, Any], figures: str) -> str:
             "`per_layer_modeling.py` beside the weights), or after `import llm_vtrans`."
         )
         flag = ", trust_remote_code=True"
+    auto_class = AUTO_CLASSES[HEADS[manifest["task"]]]
+    protocol = manifest["perplexity" if "perplexity" in manifest else "score"]["protocol"]
     base = f"base_model: {source}\n" if source.count("/") == 1 and ".." not in source else ""
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {PIPELINES[manifest["task"]]}
 {base}tags:
 - pruning
 - llm-vtrans
@@ -144,13 +160,13 @@ pipeline_tag: text-generation
 Structured pruning with VIB masks (VTrans, arXiv:2406.05276) by `llm_vtrans`. {loading}
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("."{flag})
+from transformers import {auto_class}
+model = {auto_class}.from_pretrained("."{flag})
 ```
 
 ```
 {figures}
 ```
 
-Perplexity: {manifest["perplexity"]["protocol"]}.
+{manifest["headline"].replace("_", "-")}: {protocol}.
 """

@@ -9,11 +9,12 @@ import torch
 from llm_vtrans.allocation import Problem
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget import Budget, Limit, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.calibration import Calibration, TextSource, calibrate
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import head_of
 from llm_vtrans.loading import Source, load_tokenizer
 from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.training import TrainingSettings
 
 MAX_SEQ_LEN = 512
@@ -98,20 +99,25 @@ def window_length(args: PruneArguments, source: Source) -> int:
     return args.seq_len or min(MAX_SEQ_LEN, longest)
 
 
-def calibration_data(args: PruneArguments, source: Source, seq_len: int) -> Calibration:
-    """Calibration windows in the model's own tokens.
+def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
+    """The run's task and its data in the model's own tokens.
 
     Raises:
-        UserError: data that cannot be read, is too little, or a tokenizer of another model.
+        UserError: data that cannot be read or is too little, a head that does not fit the
+            task, or a tokenizer of another model.
     """
-    assert args.data is not None
-    text = TextSource(args.data, args.data_config, args.data_split, args.text_field)
-    data = calibrate(text, load_tokenizer(source), args.samples, seq_len, args.seed)
-    largest = max(int(data.train.max()), int(data.heldout.max()))
+    kind = task_of(args, head_of(source.config), source.config.num_labels)
+    data = make_task(args, kind, load_tokenizer(source), seq_len, args.samples)
+    largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
     if largest >= source.config.vocab_size:
         raise UserError(
             f"{args.model}: the tokenizer gives token {largest}, the model knows "
             f"{source.config.vocab_size}: they do not belong together"
+        )
+    if kind == "classification" and data.num_labels > source.config.num_labels:
+        raise UserError(
+            f"--data {args.data}: {data.num_labels} classes, the model has "
+            f"{source.config.num_labels}; --finetune-first makes a model for them"
         )
     return data
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,15 +90,15 @@ def _scales(spec: TensorSpec) -> bool:
 def principal_basis(
     model: nn.Module,
     architecture: Architecture,
-    batches: list[Tensor],
-    forward: Callable[[Tensor], object],
+    batches: list[Any],
+    forward: Callable[[Any], object],
 ) -> Tensor:
     """Principal directions of the normalised residual stream, strongest first.
 
     Args:
         model: the library's model.
         architecture: its table; the inputs of all its norms are observed.
-        batches: calibration tokens `(batch, seq)` on the model's device.
+        batches: calibration inputs on the model's device.
         forward: runs the model on one batch.
 
     Returns:

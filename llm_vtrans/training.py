@@ -24,6 +24,7 @@ from llm_vtrans.budget import Budget, Cost, Lagrangian, Limit, complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.tasks.encoding import Batch, Examples, collate, inputs_of
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
@@ -86,26 +87,27 @@ class MaskObjective(nn.Module):
         self.lagrangian = Lagrangian()
 
     def forward(
-        self, input_ids: Tensor, micro_batch: int, progress: float, target: Tensor
+        self, batch: Batch, micro_batch: int, progress: float, target: Tensor
     ) -> dict[str, Tensor]:
         """Loss terms, each of shape `()`.
 
         Args:
-            input_ids: tokens `(batch, seq)`.
+            batch: tokens `(batch, seq)` and what else the model takes; labels are not used.
             micro_batch: global number of this micro-batch; with the seed it decides the noise.
             progress: share of training done, in [0, 1).
             target: sparsity aimed at in this step, of every limit, `(num_limits,)`.
         """
         architecture = self.masked.architecture
-        generator = torch.Generator(input_ids.device)
+        inputs = inputs_of(batch)
+        generator = torch.Generator(inputs["input_ids"].device)
         generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
         self.masked.set_gates(None)
         with torch.no_grad():
-            teacher = self.masked(input_ids)
+            teacher = self.masked(inputs)
         gates = complete_layers(self.masks.sample(generator), architecture)
         there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
         self.masked.set_gates({**gates, **there})
-        distillation = distillation_loss(self.masked(input_ids), teacher)
+        distillation = distillation_loss(self.masked(inputs), teacher)
         found = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
         residual, binding = (found - target.to(found)).min(dim=0)
         penalty = self.lagrangian(residual)
@@ -141,17 +143,20 @@ def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dic
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL from the unmasked to the masked network's next-token distribution.
+    """KL from the unmasked to the masked network's distribution.
 
     Args:
-        student: logits `(batch, seq, vocab)`.
-        teacher: logits `(batch, seq, vocab)`, detached.
+        student: logits `(..., classes)`, such as `(batch, seq, vocab)`.
+        teacher: the same, detached.
 
     Returns:
-        Mean over tokens in nats, shape `()`, computed in float32.
+        Mean over predictions in nats, shape `()`, computed in float32; where the head gives one
+        number, half the squared difference instead: the KL of two Gaussians of variance one.
     """
-    log_student = F.log_softmax(student.float().flatten(0, 1), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, 1), dim=-1)
+    if student.shape[-1] == 1:
+        return F.mse_loss(student.float(), teacher.float()) / 2
+    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
+    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
 
 
@@ -218,7 +223,7 @@ class Progress:
 def train(
     objective: MaskObjective,
     optimizer: torch.optim.Optimizer,
-    windows: Tensor,
+    examples: Examples,
     accelerator: Accelerator,
     settings: TrainingSettings,
     first_step: int,
@@ -230,7 +235,7 @@ def train(
     Args:
         objective: loss; its masks and multipliers are trained.
         optimizer: from `make_optimizer`, with its state if the run is resumed.
-        windows: tokens `(num_samples, seq_len)`, in the order in which they are used.
+        examples: in the order in which they are used.
         accelerator: made with the settings' gradient accumulation.
         settings: of the loop.
         first_step: steps that are done already.
@@ -241,16 +246,17 @@ def train(
         UserError: a loss term became NaN or infinite; the last saved state stays.
     """
     starts = _initial_sparsity(objective).tolist()
-    loader: DataLoader[Tensor] = DataLoader(
-        windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
+    loader: DataLoader[Batch] = DataLoader(
+        examples,  # type: ignore[arg-type]  # it has the two methods of a Dataset
         batch_size=settings.batch_size,
         drop_last=True,
+        collate_fn=collate,
     )
     model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     done = first_step * settings.gradient_accumulation
-    batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
+    batches: Iterator[Batch] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    meter = _Meter(settings.num_steps, batch * windows.shape[1], first_step)
+    meter = _Meter(settings.num_steps, batch * examples.num_tokens, first_step)
     for step in range(first_step, settings.num_steps):
         progress = step / settings.num_steps
         target = torch.tensor(
