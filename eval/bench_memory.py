@@ -31,6 +31,7 @@ from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Axis, family_for
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.reporting import peak_rss, table
+from llm_vtrans.rotation import Basis
 from llm_vtrans.shard_writer import ShardWriter
 
 SHARD_SIZE = 500_000_000
@@ -87,7 +88,8 @@ def export(folder: Path, out: Path, is_rotated: bool = False) -> None:
     problem = Problem(architecture, cost, Budget("params", dense // 2, dense), 1, True)
     plan = allocate_scores(scores, {}, problem)
     size = units[Axis.HIDDEN]
-    basis = torch.linalg.qr(torch.randn(size, size))[0] if is_rotated else None
+    rotation = torch.linalg.qr(torch.randn(size, size))[0]
+    basis = Basis.rotation(rotation) if is_rotated else None
     pruning = Pruning(source.checkpoint, architecture, plan, basis)
     export_model(pruning, source.family, source.config, True, out, SHARD_SIZE)
 

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, complete, dense_shape, parameter_cost
+from llm_vtrans.budget import Budget, Limit, complete, dense_shape, parameter_cost
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
-from llm_vtrans.tuning import TuneObjective, Tuning
+from llm_vtrans.tune import TuneObjective
+from llm_vtrans.tuning import Tuning
 
 T = TypeVar("T")
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
@@ -49,14 +50,12 @@ class Bench:
         self.model = load_model(source, dtype, self.device)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
         tuning = Tuning(architecture, source.family.rotates)
-        tuning.attach(self.model, architecture)
-        masked = MaskedModel(self.model, architecture)
+        masked = MaskedModel(self.model, architecture, tuning)
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
-        self.objective = SearchObjective(
-            masked, masks, cost, Budget("params", dense // 2, dense), settings
-        ).to(self.device)
+        limits = (Limit(cost, Budget("params", dense // 2, dense)),)
+        self.objective = SearchObjective(masked, masks, limits, settings).to(self.device)
         ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
-        self.tune_objective = TuneObjective(masked, tuning, ones, 0.0, settings).to(self.device)
+        self.tune_objective = TuneObjective(masked, ones, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)
@@ -78,7 +77,6 @@ class Bench:
 
     def bare(self) -> Tensor:
         """Teacher forward, forward, loss and backward without anything of ours."""
-        self.tune_objective.tuning.is_on = False
         self.objective.masked.set_gates(None)
         with torch.no_grad():
             self.model(input_ids=self.tokens, use_cache=False)
@@ -90,7 +88,6 @@ class Bench:
 
     def search_step(self) -> Tensor:
         """A whole step of the mask search."""
-        self.tune_objective.tuning.is_on = False
         return self._step(self.objective, self.optimizer, 0)
 
     def tune_step(self) -> Tensor:
@@ -99,7 +96,7 @@ class Bench:
 
     def _step(self, objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
         objective.schedule(optimizer, step)
-        loss: Tensor = objective(self.tokens, 0, step)["loss"]
+        loss: Tensor = objective({"input_ids": self.tokens}, 0, step)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +123,7 @@ class Bench:
         def penalise() -> Tensor:
             sparsity = objective.expected_sparsity(masks.keep_probability(1.0))
             kl = masks.kl(dict.fromkeys(masks.names(), 1.0))
-            return loss + 1e-6 * kl + objective.lagrangian(sparsity - 0.5)
+            return loss + 1e-6 * kl + objective.lagrangian(sparsity[0] - 0.5)
 
         total = self.timed("masks: KL and budget", penalise)
         self.timed("backward", total.backward)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import complete
+from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.loading import load_model, open_source, untie_head
 from llm_vtrans.manifest import read_masks
 from llm_vtrans.rotation import rotate_model, rotated_architecture
@@ -32,12 +33,14 @@ LOADER = """
 import json, sys
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-run, file = sys.argv[1:]
+import transformers
+run, file, auto_class = sys.argv[1:]
 saved = load_file(file)
-model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32, trust_remote_code=True)
+loader = getattr(transformers, auto_class)
+model = loader.from_pretrained(run, dtype=torch.float32, trust_remote_code=True)
 with torch.no_grad():
-    logits = model.eval()(saved["tokens"]).logits
+    output = model.eval()(saved["tokens"])
+logits = output.logits if "logits" in output else torch.stack(list(output.values())[:2], dim=1)
 difference = float((logits - saved["logits"]).abs().max() / saved["logits"].abs().max())
 assert "llm_vtrans" not in sys.modules
 print(json.dumps({"class": type(model).__name__, "difference": difference}))
@@ -59,7 +62,9 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
     keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
     masked = MaskedModel(model, architecture)
-    masked.set_gates(PrunePlan(keep, complete(gate, architecture)).hard())
+    basis = HeadBasis.saved(saved)
+    head_dim = None if basis is None else basis.width
+    masked.set_gates(PrunePlan(keep, complete(gate, architecture), head_dim, basis).hard())
     return masked(tokens)
 
 
@@ -78,7 +83,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "logits.safetensors"
         save_file({"tokens": tokens, "logits": masked_logits(args.model, args.run, tokens)}, file)
-        command = [args.python, "-c", LOADER, str(args.run.resolve()), str(file)]
+        auto_class = open_source(args.model).auto_class.__name__
+        command = [args.python, "-c", LOADER, str(args.run.resolve()), str(file), auto_class]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=folder, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"{result['class']}: largest relative logit difference {result['difference']:.2e}")

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_vtrans.budget import Budget, Cost, complete
+from llm_vtrans.attachment import PROJECTORS, presence
+from llm_vtrans.budget import Budget, Cost, Limit, complete
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Sublayer
+from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks, keep_probability
 
 REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes
@@ -32,10 +35,14 @@ class PrunePlan:
         keep: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`; a sub-layer without
             kept units is removed.
         gate: the masks' `mu`, float32, of the same structures and `layers (L, 2)`.
+        head_dim: kept dimensions of every head; None keeps all.
+        basis: of the heads, where not all of their dimensions are kept.
     """
 
     keep: Mapping[str, Tensor]
     gate: Mapping[str, Tensor]
+    head_dim: int | None = None
+    basis: HeadBasis | None = None
 
     @property
     def shape(self) -> Shape:
@@ -44,6 +51,7 @@ class PrunePlan:
             int(self.keep[Axis.HIDDEN].sum()),
             tuple(self.keep[Axis.HEADS].sum(1).tolist()),
             tuple(self.keep[Axis.FFN].sum(1).tolist()),
+            self.head_dim,
         )
 
     def hard(self) -> dict[str, Tensor]:
@@ -51,18 +59,73 @@ class PrunePlan:
         hard = {name: self.gate[name] * self.keep[name] for name in self.keep}
         # A removed sub-layer may have a bias, which no unit gate reaches.
         present = torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)
-        return {**hard, "layers": self.gate["layers"] * present}
+        if self.head_dim is not None and self.basis is not None:
+            projectors = self.basis.projectors(self.head_dim)
+            hard |= {PROJECTORS[role]: maps for role, maps in projectors.items()}
+        kept = {"hidden": self.keep[Axis.HIDDEN], "layers": present}
+        return {
+            **hard,
+            "layers": self.gate["layers"] * present,
+            **presence(kept, len(present)),
+        }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What allocation knows of the model and the target."""
+    """What allocation knows of the model and the target.
+
+    Attributes:
+        architecture: the model's table.
+        cost: what the budget counts.
+        budget: the target.
+        round_to: multiple that pruned dimensions are rounded to.
+        is_uniform: stock layout, else per-layer.
+        also: further limits, each of which must hold.
+        head_retention: `(head_dim,)`, what a head is still worth with its first i + 1
+            dimensions, for layouts that prune inside heads; None counts them alike.
+    """
 
     architecture: Architecture
     cost: Cost
     budget: Budget
     round_to: int
     is_uniform: bool
+    also: tuple[Limit, ...] = ()
+    head_retention: Tensor | None = None
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """All that must hold."""
+        return (Limit(self.cost, self.budget), *self.also)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether heads times their width must be the hidden size."""
+        return self.is_uniform and self.architecture.couples_heads
+
+    def head_widths(self, hidden: Tensor, heads: int) -> tuple[Tensor | None, Tensor]:
+        """Width of a head for each hidden size, and which sizes are possible.
+
+        Args:
+            hidden: hidden sizes, `(n,)`.
+            heads: heads in each layer.
+
+        Returns:
+            `(n,)` dimensions of a head, or None where all stay, and `(n,)` bool.
+        """
+        whole = self.architecture.head_dim
+        if not self.is_coupled or whole is None:
+            return None, torch.ones_like(hidden, dtype=torch.bool)
+        possible = (hidden % heads == 0) & (hidden <= heads * whole)
+        return (hidden // heads).clamp(1, whole), possible
+
+    def retention(self, head_dim: Tensor | None) -> Any:
+        """What a head is worth with these widths, 1 with all."""
+        if head_dim is None:
+            return 1.0
+        if self.head_retention is None:
+            return head_dim / float(self.architecture.head_dim or 1)
+        return self.head_retention[head_dim - 1]
 
     def counts(self, axis: Axis, is_pruned: bool) -> list[int]:
         """Allowed numbers of units: multiples that make the dimension divisible, or all."""
@@ -76,11 +139,13 @@ class Problem:
         """Units per rounding step: `round_to` divided among the entries a unit covers."""
         if axis is not Axis.HEADS:
             return self.round_to
+        if self.is_coupled:  # heads and their width make up the hidden size, which is rounded
+            return 1
         width = next(
             self.architecture.units_per(dim)
             for spec in self.architecture.tensors
             for dim in spec.dims
-            if dim.axis is Axis.HEADS and spec.stream is Stream.WRITES
+            if dim.axis is Axis.HEADS and spec.is_write
         )
         return self.round_to // gcd(self.round_to, width)
 
@@ -119,37 +184,43 @@ def allocate_scores(
         UserError: even the smallest allowed model exceeds the budget.
     """
     architecture = problem.architecture
-    pruned, target = frozenset(scores), problem.budget.target
+    pruned = frozenset(scores)
     full = complete(scores, architecture)
     present = _present(scores, architecture)
-    while "layers" in scores and not bool(present.all()) and _most(present, problem) < target:
+    while "layers" in scores and not bool(present.all()) and _fits_whole(present, problem):
         present = _restore_one(present, scores)
-    benefits = _benefits(full, problem.cost)
+    benefits = _benefits(full, problem)
     choose = _choose_uniform if problem.is_uniform else _choose_free
     while (shape := choose(full, benefits, present, pruned, problem)) is None:
         present = _drop_one(present, scores, problem)
     gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
-    return PrunePlan(_keep_best(full, shape), {n: g.contiguous() for n, g in gates.items()})
+    gates = {name: gate.contiguous() for name, gate in gates.items()}
+    return PrunePlan(_keep_best(full, shape), gates, shape.head_dim)
 
 
 def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
     """Raises UserError if no allowed shape meets the budget."""
-    layers = problem.architecture.num_layers
-    smallest = {axis: problem.counts(axis, axis.value in pruned)[0] for axis in Axis}
-    kept = 1 if "layers" in pruned else layers
-    shape = Shape(
-        smallest[Axis.HIDDEN],
-        (smallest[Axis.HEADS],) * kept + (0,) * (layers - kept),
-        (smallest[Axis.FFN],) * kept + (0,) * (layers - kept),
-    )
-    least = problem.cost.of(shape)
-    if least > problem.budget.target:
-        raise UserError(
-            f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable: with "
-            f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the smallest "
-            f"model has {least:,}; lower --sparsity below "
-            f"{1 - least / problem.budget.dense:.3f} or prune more structures"
-        )
+    kept = torch.ones(problem.architecture.num_layers, dtype=torch.bool)
+    kept[1:] = "layers" not in pruned
+    hidden = torch.tensor(problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned))
+    ffn = problem.counts(Axis.FFN, Axis.FFN in pruned)[0]
+    shapes = []
+    for heads in problem.counts(Axis.HEADS, Axis.HEADS in pruned):
+        head_dim, possible = problem.head_widths(hidden, heads)
+        for i in torch.nonzero(possible).flatten()[:1].tolist():
+            width = None if head_dim is None else int(head_dim[i])
+            shapes.append(_uniform_shape(int(hidden[i]), heads, ffn, kept, width))
+    for limit in problem.limits:
+        budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)
+        if least > budget.target:
+            remedy = f"lower --sparsity below {1 - least / budget.dense:.3f}"
+            if budget.kind != "params":
+                remedy = f"raise --macs above {least / budget.dense:.3f}"
+            raise UserError(
+                f"budget of {budget.target:,} {budget.kind} is unreachable: with "
+                f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the "
+                f"smallest model has {least:,}; {remedy} or prune more structures"
+            )
 
 
 def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor:
@@ -167,12 +238,13 @@ def _goes_whole(scores: Mapping[str, Tensor]) -> bool:
     return scores["layers"].shape[1] == 1
 
 
-def _most(present: Tensor, problem: Problem) -> int:
-    """Cost of the largest model with these sub-layers."""
+def _fits_whole(present: Tensor, problem: Problem) -> bool:
+    """Whether the largest model with these sub-layers leaves room in every budget."""
     units = problem.architecture.num_units
     rows = present.long() * torch.tensor([units[Axis.HEADS], units[Axis.FFN]])
     heads, ffn = rows.T.tolist()
-    return problem.cost.of(Shape(units[Axis.HIDDEN], tuple(heads), tuple(ffn)))
+    shape = Shape(units[Axis.HIDDEN], tuple(heads), tuple(ffn))
+    return all(limit.cost.of(shape) < limit.budget.target for limit in problem.limits)
 
 
 def _restore_one(present: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
@@ -200,10 +272,14 @@ def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -
     return present
 
 
-def _benefits(scores: Mapping[str, Tensor], cost: Cost) -> dict[str, Tensor]:
-    """Keep probability times marginal cost at the expected model, per unit."""
+def _benefits(scores: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor]:
+    """Keep probability times marginal cost at the expected model, per unit.
+
+    With several budgets, the sum of the shares of each.
+    """
     variables = {n: s.clone().requires_grad_() for n, s in scores.items()}
-    gradients = torch.autograd.grad(cost.expected(variables), list(variables.values()))
+    shares = [limit.cost.expected(variables) / limit.budget.dense for limit in problem.limits]
+    gradients = torch.autograd.grad(torch.stack(shares).sum(), list(variables.values()))
     return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
 
 
@@ -223,8 +299,9 @@ def _choose_uniform(
     """One head count and one FFN count for every kept layer, by enumeration."""
     kept = present.any(dim=1)
     num_kept = int(kept.sum())
-    cost, target = problem.cost, problem.budget.target
-    options = {axis: problem.counts(axis, axis.value in pruned) for axis in Axis}
+    options = {
+        axis: problem.counts(axis, axis in pruned) for axis in (Axis.HIDDEN, *UNIT_AXIS.values())
+    }
 
     def gain(axis: Axis) -> Tensor:  # best n units of every kept layer, for each allowed n
         ranked = benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
@@ -232,19 +309,21 @@ def _choose_uniform(
 
     hidden = torch.tensor(options[Axis.HIDDEN])
     ffn_options = torch.tensor(options[Axis.FFN])
-    ffn_base = cost.part(Sublayer.FFN, hidden, 0)
-    ffn_slope = cost.part(Sublayer.FFN, hidden, 1) - ffn_base
     hidden_gain, ffn_gain = _hidden_gain(benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
     found: list[tuple[float, float, Shape]] = []
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
-        attention = cost.part(Sublayer.ATTENTION, hidden, heads)
-        room = target - cost.outside(hidden) - num_kept * (attention + ffn_base)
-        most = torch.div(room, num_kept * ffn_slope, rounding_mode="floor")
+        head_dim, possible = problem.head_widths(hidden, heads)
+        room, slope = _ffn_room(problem, hidden, heads, head_dim, num_kept)
+        most = torch.div(room, slope, rounding_mode="floor").amin(0)
         index = torch.searchsorted(ffn_options, most, right=True) - 1
-        total = hidden_gain + heads_gain + ffn_gain[index.clamp(min=0)]
-        unused = (room - num_kept * ffn_slope * ffn_options[index.clamp(min=0)]) / target
-        for i in torch.nonzero(index >= 0).flatten().tolist():
-            shape = _uniform_shape(int(hidden[i]), heads, int(ffn_options[index[i]]), kept)
+        total = hidden_gain + heads_gain * problem.retention(head_dim)
+        total = total + ffn_gain[index.clamp(min=0)]
+        targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+        unused = ((room - slope * ffn_options[index.clamp(min=0)]) / targets).amin(0)
+        for i in torch.nonzero(possible & (index >= 0)).flatten().tolist():
+            width = None if head_dim is None else int(head_dim[i])
+            ffn = int(ffn_options[index[i]])
+            shape = _uniform_shape(int(hidden[i]), heads, ffn, kept, width)
             found.append((float(unused[i]), float(total[i]), shape))
     if not found:
         return None
@@ -256,11 +335,33 @@ def _choose_uniform(
     return max(fitting, key=lambda entry: entry[1])[2]
 
 
-def _uniform_shape(hidden: int, heads: int, ffn: int, kept: Tensor) -> Shape:
+def _ffn_room(
+    problem: Problem, hidden: Tensor, heads: int, head_dim: Tensor | None, num_kept: int
+) -> tuple[Tensor, Tensor]:
+    """What every limit leaves for FFN units, and the price of one in each kept layer.
+
+    Returns:
+        Two tensors `(num_limits, num_hidden_sizes)`.
+    """
+    rooms, slopes = [], []
+    for limit in problem.limits:
+        cost = limit.cost
+        base = cost.part(Sublayer.FFN, hidden, 0)
+        attention = cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
+        used = cost.outside(hidden) + num_kept * (attention + base)
+        rooms.append(limit.budget.target - used)
+        slopes.append(num_kept * (cost.part(Sublayer.FFN, hidden, 1) - base))
+    return torch.stack(rooms), torch.stack(slopes)
+
+
+def _uniform_shape(
+    hidden: int, heads: int, ffn: int, kept: Tensor, head_dim: int | None = None
+) -> Shape:
     return Shape(
         hidden,
         tuple(heads if k else 0 for k in kept.tolist()),
         tuple(ffn if k else 0 for k in kept.tolist()),
+        head_dim,
     )
 
 
@@ -312,7 +413,6 @@ def _choose_free(
     problem: Problem,
 ) -> Shape | None:
     """Counts free in every layer: for each hidden size the best-scored units that fit."""
-    cost, target = problem.cost, problem.budget.target
     blocks = _blocks(scores, benefits, present, pruned, problem)
     units = {
         Sublayer.ATTENTION: (blocks.size * ~blocks.is_ffn).cumsum(0),
@@ -324,12 +424,16 @@ def _choose_free(
     for hidden, hidden_gain in zip(
         hidden_options, _hidden_gain(benefits, hidden_options).tolist(), strict=True
     ):
-        spent = torch.full_like(gains, cost.outside(hidden)).long()
-        for index, part in enumerate(Sublayer):
-            base = cost.part(part, hidden, 0)
-            slope = cost.part(part, hidden, 1) - base
-            spent = spent + int(present[:, index].sum()) * base + slope * units[part]
-        num = int(torch.searchsorted(spent, target, right=True))
+        rows = []
+        for limit in problem.limits:
+            row = torch.full_like(gains, limit.cost.outside(hidden)).long()
+            for index, part in enumerate(Sublayer):
+                base = limit.cost.part(part, hidden, 0)
+                slope = limit.cost.part(part, hidden, 1) - base
+                row = row + int(present[:, index].sum()) * base + slope * units[part]
+            rows.append(row)
+        spent = torch.stack(rows)
+        num = _num_within(spent, problem)
         if num < blocks.num_forced:
             continue
         gain = hidden_gain + float(gains[num - 1])
@@ -341,21 +445,41 @@ def _choose_free(
     return _fill(blocks, hidden, spent, problem)
 
 
+def _num_within(spent: Tensor, problem: Problem) -> int:
+    """Leading blocks that every limit admits.
+
+    Args:
+        spent: cost of the first i + 1 blocks, `(num_limits, num_blocks)`.
+        problem: gives the limits.
+    """
+    targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+    return int(torch.searchsorted(spent, targets, right=True).min())
+
+
 def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shape:
     """Takes blocks in order while they fit, then any later one that still does."""
-    cost, target = problem.cost, problem.budget.target
-    num = int(torch.searchsorted(spent, target, right=True))
+    limits = problem.limits
+    num = _num_within(spent, problem)
     taken = list(range(num))
-    room = target - int(spent[num - 1])
+    rooms = [limit.budget.target - int(spent[i, num - 1]) for i, limit in enumerate(limits)]
+    prices = {
+        part: [
+            int(limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0))
+            for limit in limits
+        ]
+        for part in Sublayer
+    }
     closed: set[tuple[bool, int]] = set()  # after a block, only the next one of its row may follow
-    for i in range(num, len(spent)):
+    for i in range(num, spent.shape[1]):
         row = bool(blocks.is_ffn[i]), int(blocks.layer[i])
         part = Sublayer.FFN if blocks.is_ffn[i] else Sublayer.ATTENTION
-        unit = cost.part(part, hidden, 1) - cost.part(part, hidden, 0)
-        price = int(unit) * int(blocks.size[i])
-        if price <= room and row not in closed:
+        left = [
+            room - price * int(blocks.size[i])
+            for room, price in zip(rooms, prices[part], strict=True)
+        ]
+        if min(left) >= 0 and row not in closed:
             taken.append(i)
-            room -= price
+            rooms = left
         else:
             closed.add(row)
     counts = torch.zeros(2, problem.architecture.num_layers, dtype=torch.long)

@@ -16,6 +16,7 @@ from llm_vtrans.errors import UserError
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
+TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
@@ -46,11 +47,33 @@ class PruneArguments:
     )
     data_config: str | None = _option(None, "Configuration of a hub dataset.")
     data_split: str | None = _option(None, "Split of a hub dataset.")
-    text_field: str | None = _option(None, "Column that holds the text.")
+    text_field: str | None = _option(
+        None, "Column that holds the text; several, separated by commas, for pairs and choices."
+    )
+    task: str | None = _option(
+        None, "What the model is for. Default: what the checkpoint's head is for.", TASKS
+    )
+    eval_data: str | None = _option(
+        None, "Labelled file to score on. Default: the task's validation split, or the file "
+        "validation.* beside --data.",
+    )  # fmt: skip
+    label_field: str = _option("label", "Column that holds the label.")
+    finetune_first: bool = _option(
+        False, "Train a dense model for --task from the pretrained --model, then prune that."
+    )
+    finetune_epochs: float = _option(3.0, "Passes over the data of --finetune-first.")
+    finetune_learning_rate: float = _option(5e-5, "Largest learning rate of --finetune-first.")
     sparsity: float | None = _option(
-        None, "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless --params is given."
+        None,
+        "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless --params or --macs is "
+        "given.",
     )
     params: str | None = _option(None, "Parameters to keep at most, such as 3.4B or 4200000.")
+    macs: str | None = _option(
+        None,
+        "Multiply-accumulates of one sequence of --seq-len tokens to keep at most: a share of the "
+        "dense model's below 1, or a number such as 1.2T. With --sparsity or --params both hold.",
+    )
     samples: int = _option(2400, "Calibration sequences to train on.")
     tune_share: float = _option(
         0.5,
@@ -105,7 +128,7 @@ class PruneArguments:
             self.data = "embedded" if self.model == "embedded" else "wikitext2"
         if self.sparsity is not None and self.params is not None:
             raise UserError("--sparsity and --params exclude each other: give one of them")
-        if self.sparsity is None and self.params is None:
+        if self.sparsity is None and self.params is None and self.macs is None:
             self.sparsity = 0.5
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise UserError(
@@ -135,6 +158,7 @@ class PruneArguments:
         self.structures()
         self.shard_bytes()
         self.num_params()
+        self.num_macs(1)
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
@@ -166,18 +190,35 @@ class PruneArguments:
         """The absolute budget of --params, or None."""
         if self.params is None:
             return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", str(self.params).strip().upper())
-        number = 0 if match is None else int(float(match[1]) * SUFFIXES[match[2]])
-        if not number:
+        number = _number(self.params)
+        if number < 1:
             raise UserError(f"--params {self.params!r}: expected a number such as 3.4B or 4200000")
-        return number
+        return int(number)
+
+    def num_macs(self, dense: int) -> int | None:
+        """The absolute budget of --macs for a dense model of `dense`, or None."""
+        if self.macs is None:
+            return None
+        number = _number(self.macs)
+        if not number:
+            raise UserError(
+                f"--macs {self.macs!r}: expected a share such as 0.5, or a number such as 1.2T"
+            )
+        return int(number * dense) if number < 1 else int(number)
 
     def output_folder(self) -> Path:
         """Where the result goes."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        budget = self.params or f"{self.sparsity:g}"
-        return Path("runs") / f"{Path(self.model).name}-{budget}"
+        budget = [self.params or (f"{self.sparsity:g}" if self.sparsity else "")]
+        budget += [f"{self.macs}macs"] if self.macs else []
+        return Path("runs") / "-".join([Path(self.model).name, *filter(None, budget)])
+
+
+def _number(text: str) -> float:
+    """A count such as 3.4B, or 0 for what is none."""
+    match = re.fullmatch(r"(\d*(?:\.\d+)?)([KMBT]?)", str(text).strip().upper())
+    return float(match[1]) * SUFFIXES[match[2]] if match and match[1] else 0.0
 
 
 class _Parser(HfArgumentParser):

@@ -3,7 +3,11 @@
 Every weight that writes to the residual stream marks two places. Its module's input
 is gated by the unit mask of its other dimension (heads at `o_proj`, FFN units at
 `down_proj`), its output by the hidden mask times the sub-layer's scalar. So the
-stream is always `z_hidden * (sum of writes)`.
+stream is always `z_hidden * (sum of writes)`. Where a post-norm follows, the hidden
+mask gates that norm's output instead: it is the stream.
+
+LayerNorm subtracts a mean, so zeros would not stay zero: it runs over the dimensions
+that are present (METHOD, section 6).
 """
 
 from __future__ import annotations
@@ -14,7 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.families.base import Architecture, Axis, Stream, Sublayer
+from llm_vtrans.families.base import (
+    Architecture,
+    Axis,
+    Dim,
+    Norm,
+    Role,
+    Stream,
+    Sublayer,
+    TensorSpec,
+)
+from llm_vtrans.tuning import INPUT, OUTPUT, READ, WRITE, Tuning
+
+# Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
+PRESENT_HIDDEN = "hidden.present"
+PRESENT_LAYERS = "layers.present"
+# Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
+PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
+
+Gates = Mapping[str, Tensor]
 
 
 class _Gate(torch.autograd.Function):
@@ -44,67 +66,219 @@ def apply_gate(x: Tensor, gate: Tensor) -> Tensor:
     return gated
 
 
+def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tensor:
+    """LayerNorm over the dimensions that are present, and zero in the others.
+
+    Args:
+        x: `(..., width)`.
+        norm: the dense layer, whose weight, bias and epsilon are used.
+        present: `(width,)` float32 in [0, 1]; ones give the dense function, zeros and ones
+            that of a smaller layer.
+    """
+    values = x.float()
+    total = present.sum()
+    centred = values - (values * present).sum(-1, keepdim=True) / total
+    variance = (centred.square() * present).sum(-1, keepdim=True) / total
+    normal = centred * torch.rsqrt(variance + norm.eps)
+    return ((normal * norm.weight.float() + norm.bias.float()) * present).to(x.dtype)
+
+
 class MaskedModel(nn.Module):
     """A frozen model whose activations are gated by the values in `gates`, where set.
 
     Args:
         model: the library's model; its parameters are frozen here.
         architecture: its tensor table.
+        tuning: acts where gates are set; None leaves the gates alone.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture):
+    def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.architecture = architecture
-        self._gates: Mapping[str, Tensor] | None = None
+        self.tuning = Tuning(architecture, has_maps=False, has_scales=False)
+        if tuning is not None:
+            self.tuning = tuning
+        self._gates: Gates | None = None
         for name, (spec, layer) in architecture.named_tensors().items():
-            if spec.stream is Stream.WRITES and len(spec.dims) == 2:
-                self._hook(name.removesuffix(".weight"), spec.dims, spec.sublayer, layer)
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                self._hook(path, spec, layer)
 
-    def set_gates(self, gates: Mapping[str, Tensor] | None) -> None:
-        """Sets the gate values of the coming forward passes; None takes the masks off.
+    def set_gates(self, gates: Gates | None) -> None:
+        """Sets the gate values of the coming forward passes; None takes masks and tuning off.
 
         Args:
-            gates: `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 2)`; a structure
-                that is missing is not gated. They stay in force until the next call, so that
-                recomputation under activation checkpointing sees the same draw.
+            gates: `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 2)`, and what
+                `presence` or `PrunePlan.hard` add; a structure that is missing is not gated.
+                They stay in force until the next call, so that recomputation under
+                activation checkpointing sees the same draw.
         """
         self._gates = gates
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits `(batch, seq, vocab)` for tokens `(batch, seq)`."""
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
+    def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
+        named = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+        return logits_of(self.model(**named, use_cache=False))
 
-    def _hook(self, path: str, dims: Any, sublayer: Sublayer | None, layer: int | None) -> None:
+    def _hook(self, path: str, spec: TensorSpec, layer: int | None) -> None:
+        """Registers what one weight's row of the table asks for."""
         module = self.model.get_submodule(path)
-        unit_dim = next((d for d in dims if d.axis not in (Axis.HIDDEN, None)), None)
-        if unit_dim is not None:
-            width = self.architecture.units_per(unit_dim)
-            module.register_forward_pre_hook(self._gate_input(unit_dim.axis, layer, width))
-        module.register_forward_hook(self._gate_output(sublayer, layer))
+        if spec.stream in (Stream.SCALES, Stream.RENEWS):
+            if self.architecture.norm is Norm.LAYER:
+                module.register_forward_hook(self._normalise(path, spec, layer))
+            else:
+                module.register_forward_hook(self._tune_norm(path))
+            return
+        if spec.stream is Stream.TAKES:
+            module.register_forward_pre_hook(self._keep_present)
+        for dim in spec.dims:
+            for block, role in enumerate(dim.roles):
+                if role is Role.QUERY:
+                    module.register_forward_hook(self._project_output(dim, block, layer))
+                elif role is Role.OUTPUT:
+                    module.register_forward_pre_hook(self._project_input(layer))
+        if spec.is_write:
+            for dim in spec.dims:
+                if dim.axis not in (Axis.HIDDEN, None):
+                    module.register_forward_pre_hook(self._gate_input(path, dim, layer))
+            module.register_forward_hook(self._gate_output(path, spec, layer))
 
-    def _gate_input(self, axis: Axis, layer: int | None, width: int) -> Callable[..., Any]:
+    def _gate_input(self, path: str, dim: Dim, layer: int | None) -> Callable[..., Any]:
+        width = self.architecture.units_per(dim)
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._gates is None or axis not in self._gates:
+            if self._gates is None:
                 return None
-            gate = self._gates[axis][layer]
-            return (apply_gate(args[0], gate.repeat_interleave(width)), *args[1:])
+            scale = self.tuning.scale(path, INPUT)
+            if scale is not None and len(scale) < dim.size:
+                scale = scale.repeat_interleave(width)
+            gate = None
+            if dim.axis is not None and dim.axis in self._gates:
+                gate = self._gates[dim.axis][layer].repeat_interleave(width)
+            factor = _product(gate, scale)
+            return None if factor is None else (apply_gate(args[0], factor), *args[1:])
 
         return hook
 
-    def _gate_output(self, sublayer: Sublayer | None, layer: int | None) -> Callable[..., Any]:
-        part = None if sublayer is None else list(Sublayer).index(sublayer)
+    def _tune_norm(self, path: str) -> Callable[..., Any]:
+        """Factors of an RMSNorm, and the map in front of what reads the stream."""
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            if self._gates is None:
+                return None
+            scale = self.tuning.scale(path, OUTPUT)
+            output = output if scale is None else apply_gate(output, scale)
+            return self.tuning.map(output, READ)
+
+        return hook
+
+    def _gate_output(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        part = _index(spec.sublayer)
 
         def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
             gates = self._gates
             if gates is None:
                 return None
-            gate = gates.get(Axis.HIDDEN)
+            gate = gates.get(Axis.HIDDEN) if spec.stream is Stream.WRITES else None
             if part is not None and "layers" in gates:
-                scalar = gates["layers"][layer, part]
-                width = output.shape[-1]
-                gate = scalar.expand(width) if gate is None else gate * scalar
-            return None if gate is None else apply_gate(output, gate)
+                gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
+            factor = _product(gate, self.tuning.scale(path, OUTPUT))
+            output = self.tuning.map(output, WRITE)
+            return output if factor is None else apply_gate(output, factor)
 
         return hook
+
+    def _normalise(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        """LayerNorm over present dimensions; a post-norm is gated and goes with its sub-layer."""
+        part = _index(spec.sublayer)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            gates = self._gates
+            if gates is None:
+                return None
+            if PRESENT_HIDDEN in gates:
+                assert isinstance(module, nn.LayerNorm)
+                output = weighted_layer_norm(args[0], module, gates[PRESENT_HIDDEN])
+            is_stream = spec.stream is Stream.RENEWS
+            gate = gates.get(Axis.HIDDEN) if is_stream else None
+            factor = _product(gate, self.tuning.scale(path, OUTPUT))
+            output = output if factor is None else apply_gate(output, factor)
+            if not is_stream:
+                return output
+            if part is not None and PRESENT_LAYERS in gates:
+                present = gates[PRESENT_LAYERS][layer, part].to(output.dtype)
+                output = torch.lerp(args[0], output, present)
+            return output
+
+        return hook
+
+    def _keep_present(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._gates is None or PRESENT_HIDDEN not in self._gates:
+            return None
+        return (apply_gate(args[0], self._gates[PRESENT_HIDDEN]), *args[1:])
+
+    def _projector(self, role: Role, layer: int | None) -> Tensor | None:
+        name = PROJECTORS[role]
+        return None if self._gates is None or name not in self._gates else self._gates[name][layer]
+
+    def _project_input(self, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            projector = self._projector(Role.OUTPUT, layer)
+            return None if projector is None else (_per_head(args[0], projector), *args[1:])
+
+        return hook
+
+    def _project_output(self, dim: Dim, block: int, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            projector = self._projector(Role.QUERY, layer)
+            if projector is None:
+                return None
+            blocks = list(output.chunk(dim.num_blocks, dim=-1))
+            blocks[block] = _per_head(blocks[block], projector)
+            return torch.cat(blocks, dim=-1)
+
+        return hook
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model's head says; the classes that compete lie in the last dimension.
+
+    Returns:
+        `(batch, seq, vocab)` of language models, `(batch, num_labels)` of classifiers,
+        `(batch, num_choices)`, or start and end of an answer, `(batch, 2, seq)`.
+    """
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=1)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
+
+
+def _index(sublayer: Sublayer | None) -> int | None:
+    return None if sublayer is None else list(Sublayer).index(sublayer)
+
+
+def _per_head(x: Tensor, maps: Tensor) -> Tensor:
+    """Applies one map `(H, D, D)` per head to `(..., H * D)`."""
+    heads = x.unflatten(-1, maps.shape[:2])
+    return torch.einsum("...hd,hed->...he", heads, maps.to(x.dtype)).flatten(-2)
+
+
+def presence(keep: Gates, num_layers: int) -> dict[str, Tensor]:
+    """Entries for `set_gates` that say how far hidden dimensions and sub-layers are there.
+
+    Args:
+        keep: probabilities or booleans to keep, `hidden (d,)` and `layers (L, 1 or 2)`, each
+            where it is pruned.
+        num_layers: `L`.
+    """
+    found = {}
+    if "hidden" in keep:
+        found[PRESENT_HIDDEN] = keep["hidden"].float()
+    if "layers" in keep:
+        found[PRESENT_LAYERS] = keep["layers"].float().expand(num_layers, 2)
+    return found

@@ -8,19 +8,18 @@ differentiable expectation during training.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Stream, Sublayer
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Dim, Shape, Sublayer
 
 UNIFORM_POWER = 8  # between the mean (1) and the maximum (infinity) over layers
 
-Monomials = Mapping[frozenset[Axis], int]  # axes multiplied together -> coefficient
+Monomials = Mapping[tuple[Axis, ...], int]  # axes multiplied together, in order -> coefficient
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,30 @@ class Cost:
     Attributes:
         outer: terms outside the layers.
         parts: terms of one sub-layer, the same in each layer that keeps it.
+        head_dim: dimensions of a head unless a shape says otherwise.
     """
 
     outer: Monomials
     parts: Mapping[Sublayer, Monomials]
+    head_dim: int | None = None
 
     def outside(self, hidden: Any) -> Any:
         """Cost outside the layers for `hidden` kept dimensions (number or tensor)."""
         return _evaluate(self.outer, {Axis.HIDDEN: hidden})
 
-    def part(self, sublayer: Sublayer, hidden: Any, units: Any) -> Any:
-        """Cost of one sub-layer with `units` kept heads or FFN units (number or tensor)."""
-        return _evaluate(self.parts[sublayer], {Axis.HIDDEN: hidden, UNIT_AXIS[sublayer]: units})
+    def part(self, sublayer: Sublayer, hidden: Any, units: Any, head_dim: Any = None) -> Any:
+        """Cost of one sub-layer with `units` kept heads or FFN units (numbers or tensors)."""
+        counts = {
+            Axis.HIDDEN: hidden,
+            UNIT_AXIS[sublayer]: units,
+            Axis.HEAD_DIM: self.head_dim if head_dim is None else head_dim,
+        }
+        return _evaluate(self.parts[sublayer], counts)
 
     def of(self, shape: Shape) -> int:
         """Exact cost of a finished shape; a sub-layer without units is gone and costs nothing."""
         layers = sum(
-            int(self.part(part, shape.hidden, units))
+            int(self.part(part, shape.hidden, units, shape.head_dim))
             for part in Sublayer
             for units in shape.units(part)
             if units
@@ -97,47 +103,57 @@ def _evaluate(terms: Monomials, counts: Mapping[Axis, Any]) -> Any:
     total: Any = 0
     for axes, coefficient in terms.items():
         term: Any = coefficient
-        for axis in sorted(axes):  # rounding must not depend on the order of a set
+        for axis in axes:
             term = term * counts[axis]
         total = total + term
     return total
 
 
-def _monomial(architecture: Architecture, dims: tuple[Any, ...]) -> tuple[frozenset[Axis], int]:
-    axes = frozenset(dim.axis for dim in dims if dim.axis is not None)
-    sizes = (dim.size if dim.axis is None else architecture.units_per(dim) for dim in dims)
-    return axes, prod(sizes)
+def _monomial(architecture: Architecture, dims: Iterable[Dim]) -> tuple[tuple[Axis, ...], int]:
+    axes: list[Axis] = []
+    coefficient = 1
+    for dim in dims:
+        if dim.axis is None:
+            coefficient *= dim.size
+        elif dim.roles:
+            axes += [dim.axis, Axis.HEAD_DIM]
+            coefficient *= dim.num_blocks
+        else:
+            axes.append(dim.axis)
+            coefficient *= architecture.units_per(dim)
+    return tuple(sorted(axes)), coefficient
 
 
 def parameter_cost(architecture: Architecture) -> Cost:
     """Number of parameters, embeddings and output head included, tied weights once."""
-    outer: Counter[frozenset[Axis]] = Counter()
-    parts: dict[Sublayer, Counter[frozenset[Axis]]] = {part: Counter() for part in Sublayer}
+    outer: Counter[tuple[Axis, ...]] = Counter()
+    parts: dict[Sublayer, Counter[tuple[Axis, ...]]] = {part: Counter() for part in Sublayer}
     for spec in architecture.tensors:
         axes, coefficient = _monomial(architecture, spec.dims)
         (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient
-    return Cost(outer, parts)
+    return Cost(outer, parts, architecture.head_dim)
 
 
 def mac_cost(architecture: Architecture, seq_len: int) -> Cost:
     """Multiply-accumulates of one forward pass over one sequence of `seq_len` tokens.
 
-    Every matrix product counts, the output head at every position and both attention
+    Every matrix product counts, a language model's head at every position and both attention
     products over the full `seq_len x seq_len` square included; element-wise work does not.
     """
-    outer: Counter[frozenset[Axis]] = Counter()
-    parts: dict[Sublayer, Counter[frozenset[Axis]]] = {part: Counter() for part in Sublayer}
+    outer: Counter[tuple[Axis, ...]] = Counter()
+    parts: dict[Sublayer, Counter[tuple[Axis, ...]]] = {part: Counter() for part in Sublayer}
     for spec in architecture.tensors:
-        is_tied_head = spec.is_lookup and architecture.tied_head is not None
+        is_tied_head = spec is architecture.embedding and architecture.tied_head is not None
         if len(spec.dims) != 2 or (spec.is_lookup and not is_tied_head):
             continue
         axes, coefficient = _monomial(architecture, spec.dims)
-        (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient * seq_len
-        if spec.sublayer is Sublayer.ATTENTION and spec.stream is Stream.WRITES:
-            heads = next(dim for dim in spec.dims if dim.axis is Axis.HEADS)
-            width = architecture.units_per(heads)
-            parts[Sublayer.ATTENTION][frozenset({Axis.HEADS})] += 2 * seq_len**2 * width
-    return Cost(outer, parts)
+        positions = spec.positions or seq_len
+        (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient * positions
+        if spec.sublayer is Sublayer.ATTENTION and spec.is_write:
+            heads = (dim for dim in spec.dims if dim.axis is Axis.HEADS)
+            axes, width = _monomial(architecture, heads)
+            parts[Sublayer.ATTENTION][axes] += 2 * seq_len**2 * width
+    return Cost(outer, parts, architecture.head_dim)
 
 
 def dense_shape(architecture: Architecture) -> Shape:
@@ -151,7 +167,7 @@ class Budget:
     """What the pruned model may cost at most.
 
     Attributes:
-        kind: `params`.
+        kind: `params` or `MACs`.
         target: largest allowed cost.
         dense: cost of the dense model.
     """
@@ -164,6 +180,19 @@ class Budget:
     def sparsity(self) -> float:
         """Share of the dense cost that must go."""
         return 1 - self.target / self.dense
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget and what it counts; of several, the tighter binds.
+
+    Attributes:
+        cost: the count.
+        budget: how large it may become.
+    """
+
+    cost: Cost
+    budget: Budget
 
 
 class Lagrangian(nn.Module):

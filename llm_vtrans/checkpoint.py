@@ -9,8 +9,8 @@ memory, and they stay as long as anything refers to the mapping.
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -104,6 +104,10 @@ class Checkpoint:
         if not (folder / INDEX_FILE).exists():
             raise UserError(_no_weights_message(folder))
         return cls(folder, config, _read_sharded(folder))
+
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same files with tensors under other names (new -> old)."""
+        return replace(self, tensors={new: self.tensors[old] for new, old in names.items()})
 
     @property
     def num_bytes(self) -> int:

@@ -3,12 +3,14 @@
 The exported dense network computes the same function as the hard-masked one:
 
 - gates and trained factors are folded once, into the tensors that write to the residual
-  stream and into the norms' weights;
-- a norm over `d'` of `d` dimensions sees `d / d'` times the mean square, so what writes
-  to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The norm's
-  epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
-  per-head norms of families that share it);
-- a tied head reads through the folded embedding, which the final norm's weight undoes.
+  stream and into the norms;
+- an RMSNorm over `d'` of `d` dimensions sees `d / d'` times the mean square, so what
+  writes to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The
+  norm's epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
+  per-head norms of families that share it). A LayerNorm was trained over the kept
+  dimensions and needs none of this;
+- a tied head reads through the folded embedding, which the final norm undoes;
+- where dimensions inside heads go, the rest is written in the plan's basis of each head.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from llm_vtrans.families.base import (
     Axis,
     Dim,
     Family,
+    Norm,
     Stream,
     Sublayer,
     TensorSpec,
@@ -57,16 +60,16 @@ class Pruning:
         architecture: the table, after rotation if there is one.
         plan: kept units and gates.
         basis: of the residual stream, or None.
-        scales: factors `(width,)` by `scale_name`; ones where missing.
         dtype: of the written tensors; None keeps each tensor's own.
+        scales: factors `(width,)` by `scale_name`; ones where missing.
     """
 
     source: Checkpoint
     architecture: Architecture
     plan: PrunePlan
     basis: Basis | None = None
-    scales: Mapping[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, tuple[str, TensorSpec, int | None]]:
         """Written name -> (source name, row, original layer), in writing order."""
@@ -84,7 +87,7 @@ class Pruning:
         """Where a tensor is read from: a head that was tied comes from the embedding."""
         if name in self.source.tensors:
             return name
-        return next(spec.name for spec in self.architecture.tensors if spec.is_lookup)
+        return self.architecture.embedding.name
 
     def kept(self, axis: Axis, layer: int | None) -> Tensor:
         """Indices of the kept units of an axis, `(num_kept,)`."""
@@ -96,9 +99,14 @@ class Pruning:
         return tuple(
             dim.size
             if dim.axis is None
-            else len(self.kept(dim.axis, layer)) * self.architecture.units_per(dim)
+            else dim.num_blocks * len(self.kept(dim.axis, layer)) * self._width(dim)
             for dim in spec.dims
         )
+
+    def _width(self, dim: Dim) -> int:
+        """Entries that one kept unit keeps, in each block."""
+        whole = self.architecture.units_per(dim)
+        return (self.plan.head_dim or whole) if dim.roles else whole
 
     def pruned(self, name: str, spec: TensorSpec, layer: int | None) -> Tensor:
         """One tensor, rotated, sliced and folded, in the dtype it is written in."""
@@ -118,57 +126,96 @@ class Pruning:
     def _transform(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         for index, dim in enumerate(spec.dims):  # units first: rotation then has less to do
             if dim.axis not in (None, Axis.HIDDEN):
-                weight = weight.index_select(index, self._entries(dim.axis, dim, layer))
-        hidden = spec.dim_of(Axis.HIDDEN)
+                weight = self._select(weight, index, dim, layer)
         weight = weight.float()
-        if hidden is not None:
-            kept = self.kept(Axis.HIDDEN, None)
-            if self.basis is not None:
-                norm = self.source.read(spec.norm.format(layer)) if spec.norm else None
+        kept = self.kept(Axis.HIDDEN, None)
+        if self.basis is not None:
+            if spec.dim_of(Axis.HIDDEN) is not None:
                 basis = self.basis.read if spec.stream is Stream.READS else self.basis.write
-                weight = rotate_tensor(weight, spec, basis[:, kept], norm)
-            else:
-                weight = weight.index_select(hidden, kept)
+                weight = rotate_tensor(weight, spec, basis[:, kept], self._norm(spec, layer))
+        else:
+            for index, dim in enumerate(spec.dims):
+                if dim.axis is Axis.HIDDEN:
+                    weight = weight.index_select(index, kept)
         return self._fold(weight, spec, layer)
 
-    def _entries(self, axis: Axis, dim: Any, layer: int | None) -> Tensor:
-        width = self.architecture.units_per(dim)
-        return (self.kept(axis, layer)[:, None] * width + torch.arange(width)).flatten()
+    def _select(self, weight: Tensor, index: int, dim: Dim, layer: int | None) -> Tensor:
+        """Kept heads or FFN units of one dimension."""
+        assert dim.axis is not None and layer is not None
+        units, width = self.kept(dim.axis, layer), self.architecture.units_per(dim)
+        if dim.roles and self._width(dim) < width:
+            assert self.plan.basis is not None, "dimensions inside heads need a basis"
+            return self.plan.basis.apply(weight, index, dim, layer, units, self._width(dim))
+        starts = torch.arange(dim.num_blocks)[:, None] * self.architecture.num_units[dim.axis]
+        entries = (starts + units).flatten()[:, None] * width + torch.arange(width)
+        return weight.index_select(index, entries.flatten())
+
+    def _norm(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
+        """What the norm in front of a reader multiplies by."""
+        if spec.norm is None:
+            return None
+        offset = next(row.offset for row in self.architecture.tensors if row.name == spec.norm)
+        return self.source.read(spec.norm.format(layer)) + offset
+
+    @property
+    def _shrunk(self) -> float:
+        """What writes to the stream are multiplied by, so that norms need no other epsilon."""
+        if self.architecture.norm is Norm.LAYER:
+            return 1.0
+        return sqrt(self.plan.shape.hidden / self.architecture.num_units[Axis.HIDDEN])
 
     def _fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
-        if spec.stream not in (Stream.WRITES, Stream.SCALES):
+        if spec.stream in (Stream.SCALES, Stream.SHIFTS, Stream.RENEWS):
+            return (weight + spec.offset) * self._norm_factor(spec, layer) - spec.offset
+        if not spec.is_write:
             return weight
         for index, dim in enumerate(spec.dims):
-            if dim.axis is not None:
-                factor = self._factor(dim.axis, dim, spec, layer)
-                factor = factor.view([-1 if i == index else 1 for i in range(weight.dim())])
-                weight = weight * factor
+            if dim.axis is None:
+                continue
+            if dim.axis is Axis.HIDDEN:
+                factor = self._hidden_factor(spec, layer)
+            else:
+                factor = self._unit_factor(dim, spec, layer)
+            weight = weight * factor.view([-1 if i == index else 1 for i in range(weight.dim())])
         return weight
 
-    def _factor(self, axis: Axis, dim: Dim, spec: TensorSpec, layer: int | None) -> Tensor:
-        """What the kept entries of a writer's or a norm's dimension are multiplied by."""
-        entries = self._entries(axis, dim, layer)
-        module = spec.name.format(layer).rpartition(".")[0]
-        if axis is not Axis.HIDDEN:
-            gate = self.plan.gate[axis][layer].repeat_interleave(self.architecture.units_per(dim))
-            return (gate * self._scale(module, INPUT))[entries]
-        shrunk = sqrt(len(entries) / dim.size)
-        factor = self._scale(module, OUTPUT)
-        if spec.stream is Stream.SCALES:
-            if spec.name == self.architecture.final_norm and self.architecture.tied_head:
-                factor = factor / (shrunk * self._embedding_factor())
-            return (factor / shrunk).expand(dim.size)[entries]
-        factor = factor * self.plan.gate[Axis.HIDDEN] * shrunk
+    def _norm_factor(self, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What a norm's kept weights or biases are multiplied by, `(num_kept,)` or `(1,)`."""
+        factor = self._scale(spec, layer, OUTPUT, self.kept(Axis.HIDDEN, None))
+        if spec.stream is Stream.RENEWS:
+            return factor * self.plan.gate[Axis.HIDDEN][self.kept(Axis.HIDDEN, None)]
+        if self.architecture.tied_head and self.architecture.is_final_norm(spec):
+            factor = factor / self._hidden_factor(self.architecture.embedding, None)
+        return factor / self._shrunk if spec.stream is Stream.SCALES else factor
+
+    def _hidden_factor(self, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What a write's kept hidden dimensions are multiplied by, `(num_kept,)` or `(1,)`."""
+        kept, gate = self.kept(Axis.HIDDEN, None), self.plan.gate
+        factor = self._scale(spec, layer, OUTPUT, kept)
+        if spec.stream is Stream.WRITES:
+            factor = factor * gate[Axis.HIDDEN][kept] * self._shrunk
+        if spec.grows_with_width:
+            width = self.architecture.num_units[Axis.HIDDEN]
+            factor = factor * sqrt(width / self.plan.shape.hidden)
         if spec.sublayer is not None:
-            factor = factor * self.plan.gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
-        return factor[entries]
+            factor = factor * gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
+        return factor
 
-    def _embedding_factor(self) -> Tensor:
-        lookup = next(spec for spec in self.architecture.tensors if spec.is_lookup)
-        return self.plan.gate[Axis.HIDDEN] * self._scale(lookup.name.rpartition(".")[0], OUTPUT)
+    def _unit_factor(self, dim: Dim, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What a write's kept inputs are multiplied by, `(num_kept * width,)`."""
+        assert dim.axis is not None
+        units, width = self.kept(dim.axis, layer), self._width(dim)
+        factor = self.plan.gate[dim.axis][layer][units].repeat_interleave(width)
+        if dim.roles:  # one factor for each head, whatever is kept inside
+            return factor * self._scale(spec, layer, INPUT, units).repeat_interleave(width)
+        entries = (units[:, None] * width + torch.arange(width)).flatten()
+        return factor * self._scale(spec, layer, INPUT, entries)
 
-    def _scale(self, module: str, side: str) -> Tensor:
-        return self.scales.get(scale_name(module, side), torch.ones(1))
+    def _scale(self, spec: TensorSpec, layer: int | None, side: str, kept: Tensor) -> Tensor:
+        """Trained factors at one side of a tensor's module, ones where there are none."""
+        module = spec.name.format(layer).rpartition(".")[0]
+        scale = self.scales.get(scale_name(module, side))
+        return torch.ones(len(kept)) if scale is None else scale[kept]
 
 
 def export_weights(pruning: Pruning, folder: Path, shard_size: int) -> dict[str, str]:
@@ -213,10 +260,8 @@ def export_config(
     dense = config.to_dict()
     dense.pop("_name_or_path", None)
     dense["tie_word_embeddings"] = pruning.architecture.tied_head is not None
-    stored = {info.dtype for info in pruning.source.tensors.values()}
-    written = pruning.dtype or (stored.pop() if len(stored) == 1 else None)
-    if written is not None:  # the dense config may say otherwise: what is written counts
-        dense["dtype"] = str(written).removeprefix("torch.")
+    if pruning.dtype is not None:
+        dense["dtype"] = str(pruning.dtype).removeprefix("torch.")
     write = family.stock_config if is_uniform else family.per_layer_config
     return write(dense, pruning.plan.shape)
 

@@ -14,18 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
+from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
@@ -39,12 +39,13 @@ from llm_vtrans.manifest import (
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.model_card import base_license, model_card
+from llm_vtrans.model_card import PIPELINES, base_license, model_card
 from llm_vtrans.output_folder import OutputFolder, atomic_write_text
 from llm_vtrans.planning import (
-    calibration_data,
+    dense_params,
     make_problem,
     rotates,
+    task_data,
     training_settings,
     window_length,
 )
@@ -58,21 +59,24 @@ from llm_vtrans.reporting import (
 )
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
-from llm_vtrans.scoring import token_perplexity
 from llm_vtrans.search import (
     INITIAL_LOG_VAR,
     SearchObjective,
     complete_layers,
     initial_shapes,
 )
+from llm_vtrans.tasks import Task
+from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training import Objective, TrainingSettings, train
-from llm_vtrans.tuning import TuneObjective, Tuning
+from llm_vtrans.tune import TuneObjective
+from llm_vtrans.tuning import Tuning
 from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "kept", "phases",
 )  # fmt: skip
+TUNING = "tuning."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 
 
@@ -88,7 +92,7 @@ class Job:
         architecture: its table, after rotation if there is one.
         problem: budget, rounding and layout.
         settings: of the training loop.
-        data: calibration windows.
+        data: the task with its examples.
         output: the result's folder.
         saved: step and tensors of the unfinished run to continue.
     """
@@ -100,10 +104,12 @@ class Job:
     architecture: Architecture
     problem: Problem
     settings: TrainingSettings
-    data: Calibration
+    data: Task
     output: OutputFolder
     perplexity: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     rotation: Tensor | None = None
+    head_basis: HeadBasis | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
 
     # Filled by `load` and `allocate`.
@@ -111,6 +117,7 @@ class Job:
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
     is_searched: bool = field(init=False)
+    found: dict[str, Tensor] = field(default_factory=dict)
     plan: PrunePlan = field(init=False)
 
     @classmethod
@@ -135,7 +142,7 @@ class Job:
         output.require_space(2 * source.checkpoint.num_bytes)
         seq_len = window_length(args, source)
         with reporter.phase("calibration"):
-            data = calibration_data(args, source, seq_len)
+            data = task_data(args, source, seq_len)
         settings = training_settings(args, accelerator.num_processes)
         reporter.num_steps = settings.num_steps
         job = cls(
@@ -148,7 +155,7 @@ class Job:
     @property
     def seq_len(self) -> int:
         """Tokens in a calibration window; MACs are stated for this length."""
-        return int(self.data.train.shape[1])
+        return window_length(self.args, self.source)
 
     @property
     def uses_rotation(self) -> bool:
@@ -162,10 +169,14 @@ class Job:
 
     def show_plan(self) -> None:
         """Prints what is going to happen."""
-        budget, args = self.problem.budget, self.args
+        args = self.args
+        aims = " and ".join(
+            f"from {limit.budget.dense:,} to at most {limit.budget.target:,} {limit.budget.kind} "
+            f"({100 * limit.budget.sparsity:.1f}% less)"
+            for limit in self.problem.limits
+        )
         self.reporter.say(
-            f"{args.model}: {self.source.config.model_type}, {budget.dense:,} parameters, "
-            f"to at most {budget.target:,} ({100 * budget.sparsity:.1f}% less)\n"
+            f"{args.model}: {self.source.config.model_type}, {aims}\n"
             f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
@@ -175,7 +186,7 @@ class Job:
             f"result in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
-            plan = {"output": str(args.output_folder()), "budget": asdict(budget),
+            plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
                     "layout": args.layout, "steps": self.settings.num_steps}  # fmt: skip
             print(json.dumps(plan))
 
@@ -194,20 +205,29 @@ class Job:
         known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
         with self.reporter.phase("load"):
             model = load_model(self.source, self._dtype, self.accelerator.device)
-        self.perplexity["dense"] = self._heldout(model)
+        self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
+        self.perplexity["dense"] = self.scores["dense"][self.data.headline]
+        if self.architecture.couples_heads:
+            with self.reporter.phase("heads"):
+                self.head_basis = balanced_basis(
+                    model, self.architecture, self._first_batches(), lambda b: model(**b)
+                )
+                self.problem = replace(self.problem, head_retention=self.head_basis.retained)
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
                 self._rotate(model, known.get("rotation"))
         device = self.accelerator.device
         self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
-        self.tuning.attach(model, self.architecture)
-        self.masked = MaskedModel(model, self.architecture)
+        self.masked = MaskedModel(model, self.architecture, self.tuning)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
         self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
         self.is_searched = any(name.startswith("mu.") for name in known)
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
+            self.tuning.load_state_dict(
+                {n[7:]: t for n, t in known.items() if n.startswith("tuning.")}
+            )
         if self.accelerator.is_main_process:
             self._open_state_folder()
 
@@ -251,11 +271,17 @@ class Job:
         if self.source.architecture.tied_head is not None:
             untie_head(model)
         if basis is None:
-            windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
-            batches = list(windows.split(self.args.batch_size))
-            basis = principal_basis(model, self.architecture, batches, lambda b: model(b))
+            basis = principal_basis(
+                model, self.architecture, self._first_batches(), lambda b: model(**b)
+            )
         self.rotation = basis
         rotate_model(model, self.architecture, basis)
+
+    def _first_batches(self) -> list[Batch]:
+        """Inputs from the training data, the same on every rank, for second moments."""
+        first = self.data.train.take(torch.arange(min(ROTATION_WINDOWS, len(self.data.train))))
+        batches = first.batches(self.args.batch_size, self.accelerator.device)
+        return [inputs_of(batch) for batch in batches]
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""
@@ -284,37 +310,36 @@ class Job:
         """Trains the masks, unless an earlier run did."""
         if self.is_searched:
             return
-        objective = SearchObjective(
-            self.masked, self.masks, self.problem.cost, self.problem.budget, self.settings
-        )
+        objective = SearchObjective(self.masked, self.masks, self.problem.limits, self.settings)
         with self.reporter.phase("search"):
-            self._train(objective, self._record())
+            self._train(objective, self._rotation())
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
+        tuning = {TUNING + name: t.clone() for name, t in self.tuning.state_dict().items()}
+        self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
-            self.plan = allocate(self.masks, self.problem)
+            self.plan = self._allocate(self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = allocate(self.masks, other)
+                plan = self._allocate(other)
                 self.perplexity["other_layout"] = self._masked_perplexity(plan)
+
+    def _allocate(self, problem: Problem) -> PrunePlan:
+        return replace(allocate(self.masks, problem), basis=self.head_basis)
 
     def tune(self) -> None:
         """Trains maps and factors for the units that stay."""
         if not self.settings.tune_steps:
             return
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
-        objective = TuneObjective(
-            self.masked, self.tuning, self._hard_gates(self.plan), sparsity, self.settings
-        )
+        objective = TuneObjective(self.masked, self._hard_gates(self.plan), sparsity, self.settings)
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._record(), **self.masks.state_dict()})
-            self.tuning.is_on = True
+            self._train(objective, {**self._rotation(), **self.found})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
-    def _record(self) -> dict[str, Tensor]:
-        """What a saved state needs besides a stage's own parameters."""
+    def _rotation(self) -> dict[str, Tensor]:
         return {} if self.rotation is None else {"rotation": self.rotation}
 
     def _train(self, objective: Objective, record: dict[str, Tensor]) -> None:
@@ -354,7 +379,7 @@ class Job:
         return perplexity
 
     def _heldout(self, model: Any) -> float:
-        return token_perplexity(model, self.data.heldout, self.args.batch_size).value
+        return self.data.evaluate(model, self.args.batch_size)[self.data.headline]
 
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
@@ -369,7 +394,7 @@ class Job:
         dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
         pruning = Pruning(
             self.source.checkpoint, self.architecture, self.plan,
-            self.tuning.basis(self.rotation), self.tuning.factors(), dtype,
+            self.tuning.basis(self.rotation), dtype, self.tuning.factors(),
         )  # fmt: skip
         with self.reporter.phase("export"):
             hashes = export_model(
@@ -378,15 +403,15 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                self.masks,
-                plan_tensors(self.plan, self.rotation, self.tuning),
+                {**self.found, **plan_tensors(self.plan, self.rotation, self.tuning)},
                 self.source.checkpoint.sha256(),
             )
         with self.reporter.phase("score"):
-            pruned = AutoModelForCausalLM.from_pretrained(
+            pruned = self.source.auto_class.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
             ).to(self.accelerator.device)
-            self.perplexity["pruned"] = self._heldout(pruned)
+            self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
+            self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)
@@ -400,14 +425,18 @@ class Job:
         write_run_report(folder, self.output.path.name)
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
-        shape, budget = self.plan.shape, self.problem.budget
+        shape = self.plan.shape
         written = Checkpoint.open(folder)
         num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
-        num_params = self.problem.cost.of(shape)
+        num_params = parameter_cost(self.architecture).of(shape)
         assert num_written == num_params, (num_written, num_params)
         dense = dense_shape(self.source.architecture)
-        dense_params = parameter_cost(self.source.architecture)
+        dense_cost = parameter_cost(self.source.architecture)
         dense_macs = mac_cost(self.source.architecture, self.seq_len)
+        budgets = [
+            {**asdict(limit.budget), "achieved": limit.cost.of(shape)}
+            for limit in self.problem.limits
+        ]
         return {
             "method": "faster-vtrans",
             "source": {
@@ -418,29 +447,32 @@ class Job:
                     self.source.checkpoint.folder, self.source.checkpoint.config
                 ),
             },
-            "params": {"before": budget.dense, "after": num_params},
+            "params": {"before": dense_params(self.source), "after": num_params},
             "macs": {
                 "before": dense_macs.of(dense),
                 "after": self.macs.of(shape),
                 "seq_len": self.seq_len,
             },
             "bytes": {"before": self.source.checkpoint.num_bytes, "after": written.num_bytes},
-            "budget": {
-                "kind": budget.kind, "dense": budget.dense, "target": budget.target,
-                "achieved": num_params,
-            },
+            "budget": budgets[0],
+            "also": budgets[1:],
             "kept": kept_units(shape),
             "units": {axis.value: n for axis, n in self.architecture.num_units.items()},
-            "parts": _by_part(dense_params.split(dense), self.problem.cost.split(shape)),
+            "parts": _by_part(dense_cost.split(dense), self.problem.cost.split(shape)),
             "mac_parts": _by_part(dense_macs.split(dense), self.macs.split(shape)),
             "layout": self.args.layout,
             "rotation": "pca" if self.rotation is not None else "none",
-            "perplexity": {
+            "task": self.data.kind,
+            "pipeline_tag": PIPELINES[self.data.kind],
+            "auto_class": self.source.auto_class.__name__,
+            # Of each stage the headline score; a language model's is its perplexity.
+            "perplexity" if self.data.kind == "clm" else "score": {
                 **self.perplexity,
-                "protocol": f"token-level over {len(self.data.heldout)} non-overlapping windows "
-                f"of {self.seq_len} tokens held out from {self.args.data}",
-                "windows_sha256": windows_sha256(self.data.heldout),
+                "protocol": self.data.protocol,
+                "windows_sha256": windows_sha256(self.data.heldout.tensors["input_ids"]),
             },
+            "headline": self.data.headline,
+            "scores": self.scores,
             "settings": {**asdict(self.args), "steps": self.settings.num_steps},
             "command": command_line(),
             "phases": self.reporter.record(),

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Family, family_for
+from llm_vtrans.families.base import head_of
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 
 EMBEDDED = "embedded"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
@@ -39,6 +42,11 @@ class Source:
     family: Family
     architecture: Architecture
 
+    @property
+    def auto_class(self) -> Any:
+        """The library's Auto class for the model's head."""
+        return getattr(transformers, AUTO_CLASSES[head_of(self.config)])
+
 
 def open_source(name: str, revision: str | None = None) -> Source:
     """Finds a model and checks config and shard headers, reading no weights.
@@ -52,6 +60,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     """
     checkpoint = Checkpoint.open(_local_folder(name, revision))
     family = family_for(str(checkpoint.config.get("model_type")))
+    checkpoint = checkpoint.renamed(family.canonical(checkpoint.tensors))
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
     except Exception as error:  # config validation raises many types; all are the file's fault
@@ -137,7 +146,7 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
         UserError: a weight is NaN or infinite.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = source.auto_class.from_config(
             source.config, dtype=dtype, attn_implementation="sdpa"
         )
     for name in source.architecture.named_tensors():

@@ -15,7 +15,7 @@ from torch import Tensor
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
-from llm_vtrans.masks import VIBMasks
+from llm_vtrans.head_basis import PREFIX
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
 from llm_vtrans.reporting import table
 from llm_vtrans.tuning import Tuning
@@ -31,6 +31,7 @@ def kept_units(shape: Shape) -> dict[str, Any]:
         "hidden": shape.hidden,
         "heads": list(shape.heads),
         "ffn": list(shape.ffn),
+        "head_dim": shape.head_dim,
         "removed_sublayers": [
             f"{index}.{part}"
             for index in range(len(shape.heads))
@@ -41,35 +42,32 @@ def kept_units(shape: Shape) -> dict[str, Any]:
     }
 
 
-def write_masks(
-    folder: Path, masks: VIBMasks, plan: Mapping[str, Tensor], source_sha256: str
-) -> None:
-    """Writes mu and log_var of every structure, the plan and the rotation.
+def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str) -> None:
+    """Writes what a search found.
 
     Args:
         folder: to write into.
-        masks: the trained masks.
-        plan: `keep.*` flags and the rotation, if there is one.
+        tensors: `mu.*` and `log_var.*` of every structure, `tuning.*`, and of the plan what
+            `plan_tensors` gives.
         source_sha256: identity of the dense checkpoint.
     """
-    tensors = dict(plan)
-    for name in masks.names():
-        tensors[f"mu.{name}"] = masks.mu[name].detach()
-        tensors[f"log_var.{name}"] = masks.log_var[name].detach()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One metadata key only: safetensors writes several in random order.
     atomic_write_bytes(folder / MASKS_FILE, save(tensors, {"source": source_sha256}))
 
 
 def plan_tensors(plan: PrunePlan, rotation: Tensor | None, tuning: Tuning) -> dict[str, Tensor]:
-    """What `masks.safetensors` keeps beside the masks themselves."""
+    """What `masks.safetensors` keeps of a plan and its tuning beside what the search found."""
     tensors = {f"keep.{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
-    tensors |= {f"tuning.{name}": value for name, value in tuning.state_dict().items()}
+    tensors |= {f"tuned.{name}": tensor for name, tensor in tuning.state_dict().items()}
+    if plan.head_dim is not None and plan.basis is not None:
+        kept = {role: maps[:, :, : plan.head_dim] for role, maps in plan.basis.maps.items()}
+        tensors |= {f"{PREFIX}{role}": maps.contiguous() for role, maps in kept.items()}
     return tensors if rotation is None else {**tensors, "rotation": rotation}
 
 
 def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
-    """Tensors of `masks.safetensors`: `mu.*`, `log_var.*`, `keep.*` and maybe `rotation`.
+    """Tensors of `masks.safetensors`, as `write_masks` names them.
 
     Args:
         folder: an earlier run's output.
@@ -108,16 +106,20 @@ def figures(manifest: dict[str, Any]) -> str:
     """The summary table of dense against pruned, as text."""
 
     def row(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
-        return name, text.format(before), text.format(after), f"{after / before:.3f}"
+        ratio = f"{after / before:.3f}" if before else "-"
+        return name, text.format(before), text.format(after), ratio
 
     size, macs = manifest["bytes"], manifest["macs"]
-    params, perplexity = manifest["params"], manifest["perplexity"]
+    params, scores = manifest["params"], manifest["scores"]
     return table(
         [
             ("", "dense", "pruned", "ratio"),
             row("parameters", params["before"], params["after"], "{:,}"),
             row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
-            row("perplexity", perplexity["dense"], perplexity["pruned"], "{:.3f}"),
+            *(
+                row(name.replace("_", "-"), before, scores["pruned"][name], "{:.3f}")
+                for name, before in scores["dense"].items()
+            ),
             row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
         ]
     )

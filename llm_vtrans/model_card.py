@@ -9,6 +9,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 FRONT = "---\n"
+PIPELINES = {  # of the hub, by task
+    "clm": "text-generation",
+    "mlm": "fill-mask",
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "multiple-choice": "multiple-choice",
+    "qa": "question-answering",
+}
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -134,6 +142,9 @@ def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | 
         if license_name
         else "The dense model names no licence; its terms hold for this one too."
     )
+    auto_class = manifest.get("auto_class", "AutoModelForCausalLM")
+    headline = manifest.get("headline", "perplexity").replace("_", "-")
+    protocol = manifest.get("perplexity", manifest.get("score", {}))["protocol"]
     return f"""---
 {metadata(manifest, scores or {}).to_yaml()}
 ---
@@ -142,15 +153,15 @@ def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | 
 Structured pruning with VIB masks (VTrans, arXiv:2406.05276) by `llm_vtrans`. {loading}
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("."{flag})
+from transformers import {auto_class}
+model = {auto_class}.from_pretrained("."{flag})
 ```
 
 ```
 {figures}
 ```
 
-Perplexity: {manifest["perplexity"]["protocol"]}. {terms}
+{headline.capitalize()}: {protocol}. {terms}
 
 `vtrans.json` states counts, kept units, settings and hashes (`llm-vtrans verify` checks them);
 `recipe.yaml` makes it anew: `llm-vtrans prune --config recipe.yaml`.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llm_vtrans.allocation import Problem
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.calibration import Calibration, TextSource, calibrate
+from llm_vtrans.budget import Budget, Limit, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
+from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import head_of
 from llm_vtrans.loading import Source, load_tokenizer
 from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.training import TrainingSettings
 
 MAX_SEQ_LEN = 512
@@ -30,27 +34,55 @@ def rotates(args: PruneArguments, source: Source) -> bool:
 
 
 def make_problem(args: PruneArguments, source: Source, device: torch.device) -> Problem:
-    """Budget, rounding and layout of a run.
+    """Budgets, rounding and layout of a run.
 
     Raises:
-        UserError: `--params` is not below the model's own count.
+        UserError: `--params` or `--macs` is not below the model's own count.
     """
-    dense = parameter_cost(source.architecture).of(dense_shape(source.architecture))
+    architecture = source.architecture
+    if rotates(args, source):
+        architecture = rotated_architecture(architecture)
+    first, *more = [*_params_limit(args, source, architecture), *_macs_limit(args, source)]
+    return Problem(
+        architecture,
+        first.cost,
+        first.budget,
+        args.round_to or (64 if device.type == "cuda" else 1),
+        args.layout == "stock",
+        tuple(more),
+    )
+
+
+def _params_limit(
+    args: PruneArguments, source: Source, architecture: Architecture
+) -> Iterator[Limit]:
+    """The limit of `--sparsity` or `--params`, if either is given."""
+    dense = dense_params(source)
     target = args.num_params() or int((1 - (args.sparsity or 0.0)) * dense)
+    if args.params is None and args.sparsity is None:
+        return
     if not 0 < target < dense:
         raise UserError(
             f"--params {args.params}: the model has {dense:,} parameters, give a smaller number"
         )
-    architecture = source.architecture
-    if rotates(args, source):
-        architecture = rotated_architecture(architecture)
-    return Problem(
-        architecture,
-        parameter_cost(architecture),
-        Budget("params", target, dense),
-        args.round_to or (64 if device.type == "cuda" else 1),
-        args.layout == "stock",
-    )
+    yield Limit(parameter_cost(architecture), Budget("params", target, dense))
+
+
+def _macs_limit(args: PruneArguments, source: Source) -> Iterator[Limit]:
+    """The limit of `--macs`, if it is given."""
+    cost = mac_cost(source.architecture, window_length(args, source))
+    dense = cost.of(dense_shape(source.architecture))
+    target = args.num_macs(dense)
+    if target is None:
+        return
+    if not 0 < target < dense:
+        raise UserError(f"--macs {args.macs}: the model needs {dense:,}, give a smaller number")
+    yield Limit(cost, Budget("MACs", target, dense))
+
+
+def dense_params(source: Source) -> int:
+    """Parameters of the model as it is, tied ones once."""
+    return parameter_cost(source.architecture).of(dense_shape(source.architecture))
 
 
 def window_length(args: PruneArguments, source: Source) -> int:
@@ -67,20 +99,25 @@ def window_length(args: PruneArguments, source: Source) -> int:
     return args.seq_len or min(MAX_SEQ_LEN, longest)
 
 
-def calibration_data(args: PruneArguments, source: Source, seq_len: int) -> Calibration:
-    """Calibration windows in the model's own tokens.
+def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
+    """The run's task and its data in the model's own tokens.
 
     Raises:
-        UserError: data that cannot be read, is too little, or a tokenizer of another model.
+        UserError: data that cannot be read or is too little, a head that does not fit the
+            task, or a tokenizer of another model.
     """
-    assert args.data is not None
-    text = TextSource(args.data, args.data_config, args.data_split, args.text_field)
-    data = calibrate(text, load_tokenizer(source), args.samples, seq_len, args.seed)
-    largest = max(int(data.train.max()), int(data.heldout.max()))
+    kind = task_of(args, head_of(source.config), source.config.num_labels)
+    data = make_task(args, kind, load_tokenizer(source), seq_len, args.samples)
+    largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
     if largest >= source.config.vocab_size:
         raise UserError(
             f"{args.model}: the tokenizer gives token {largest}, the model knows "
             f"{source.config.vocab_size}: they do not belong together"
+        )
+    if kind == "classification" and data.num_labels > source.config.num_labels:
+        raise UserError(
+            f"--data {args.data}: {data.num_labels} classes, the model has "
+            f"{source.config.num_labels}; --finetune-first makes a model for them"
         )
     return data
 

@@ -14,6 +14,7 @@ if not __package__:  # as a script this folder comes first; the package must be 
 from llm_vtrans.arguments import parse
 from llm_vtrans.command import run_command
 from llm_vtrans.job import Job
+from llm_vtrans.tasks.finetuning import finetune_first
 
 
 def prune(arguments: list[str]) -> None:
@@ -26,6 +27,8 @@ def prune(arguments: list[str]) -> None:
         UserError: something the user can correct.
     """
     args = parse(arguments)
+    if args.finetune_first:
+        args = finetune_first(args)
     job = Job.prepare(args)
     job.show_plan()
     if args.dry_run:

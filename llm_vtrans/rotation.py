@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,11 @@ def rotated_architecture(architecture: Architecture) -> Architecture:
     """The table after rotation: a tied head comes apart, as it absorbs the final norm."""
     if architecture.tied_head is None:
         return architecture
-    lookup = next(spec for spec in architecture.tensors if spec.is_lookup)
     head = TensorSpec(
-        architecture.tied_head, lookup.dims, Stream.READS, norm=architecture.final_norm
+        architecture.tied_head,
+        architecture.embedding.dims,
+        Stream.READS,
+        norm=architecture.final_norm,
     )
     return replace(architecture, tensors=(*architecture.tensors, head), tied_head=None)
 
@@ -59,7 +62,7 @@ def rotate_tensor(
         spec: its row of the table.
         basis: `Q` `(hidden_size, num_directions)`; column i is the new direction i (fewer
             columns than rows truncate at once).
-        norm_weight: weight `(hidden_size,)` of the norm in front, for readers.
+        norm_weight: what the norm in front multiplies by, `(hidden_size,)`, for readers.
 
     Returns:
         The rotated tensor in the basis's dtype (`weight` itself where nothing changes).
@@ -68,7 +71,7 @@ def rotate_tensor(
     if dim is None or spec.stream is Stream.APART:
         return weight
     if spec.stream is Stream.SCALES:
-        return basis.new_ones(basis.shape[1])
+        return basis.new_ones(basis.shape[1]) - spec.offset
     weight = weight.to(basis.dtype).movedim(dim, -1)
     if spec.stream is Stream.READS:
         assert norm_weight is not None, spec.name
@@ -87,7 +90,11 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
     """
     named = architecture.named_tensors()
     parameters = {name: model.get_parameter(name) for name in named}
-    norms = {n: p.detach().clone() for n, p in parameters.items() if _scales(named[n][0])}
+    norms = {
+        name: parameters[name].detach() + spec.offset
+        for name, (spec, _) in named.items()
+        if _scales(spec)
+    }
     for name, (spec, layer) in named.items():
         norm = norms[spec.norm.format(layer)] if spec.norm else None
         parameter = parameters[name]
@@ -102,15 +109,15 @@ def _scales(spec: TensorSpec) -> bool:
 def principal_basis(
     model: nn.Module,
     architecture: Architecture,
-    batches: list[Tensor],
-    forward: Callable[[Tensor], object],
+    batches: list[Any],
+    forward: Callable[[Any], object],
 ) -> Tensor:
     """Principal directions of the normalised residual stream, strongest first.
 
     Args:
         model: the library's model.
         architecture: its table; the inputs of all its norms are observed.
-        batches: calibration tokens `(batch, seq)` on the model's device.
+        batches: calibration inputs on the model's device.
         forward: runs the model on one batch.
 
     Returns:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
+from llm_vtrans.attachment import MaskedModel, presence
+from llm_vtrans.budget import Lagrangian, Limit, complete
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the stage
@@ -22,11 +23,13 @@ MULTIPLIER_LEARNING_RATE = 0.1
 class SearchObjective(Objective):
     """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
+    The tuning is trained with the masks, so that a unit is judged by what it adds to a
+    network that has adapted.
+
     Args:
-        masked: frozen model with hooks.
+        masked: frozen model with gates and tuning.
         masks: the trained gates.
-        cost: what the budget counts.
-        budget: the target.
+        limits: budgets; the one that is furthest from its target drives the masks.
         settings: of the loop.
     """
 
@@ -34,37 +37,40 @@ class SearchObjective(Objective):
         self,
         masked: MaskedModel,
         masks: VIBMasks,
-        cost: Cost,
-        budget: Budget,
+        limits: tuple[Limit, ...],
         settings: TrainingSettings,
     ):
         super().__init__()
         self.masked, self.masks = masked, masks
-        self.cost, self.budget, self.settings = cost, budget, settings
+        self.limits, self.settings = limits, settings
         self.lagrangian = Lagrangian()
         self.stage = range(settings.search_steps)
-        self._start = float(self._initial_sparsity())
+        self._starts = self._initial_sparsity().tolist()
 
-    def forward(self, input_ids: Tensor, micro_batch: int, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
         """Loss terms, each of shape `()`.
 
         Args:
-            input_ids: tokens `(batch, seq)`.
+            batch: tokens `(batch, seq)` and what else the model takes; labels are not used.
             micro_batch: global number of this micro-batch; with the seed it decides the noise.
             step: global step.
         """
         architecture = self.masked.architecture
-        generator = torch.Generator(input_ids.device)
+        inputs = inputs_of(batch)
+        generator = torch.Generator(inputs["input_ids"].device)
         generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
         self.masked.set_gates(None)
         with torch.no_grad():
-            teacher = self.masked(input_ids)
-        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
-        distillation = distillation_loss(self.masked(input_ids), teacher)
+            teacher = self.masked(inputs)
+        gates = complete_layers(self.masks.sample(generator), architecture)
+        there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
+        self.masked.set_gates({**gates, **there})
+        distillation = distillation_loss(self.masked(inputs), teacher)
         keep = self.masks.keep_probability(sharpness_at(self.progress(step)))
         sparsity = self.expected_sparsity(keep)
-        target = target_at(step, len(self.stage), self._start, self.budget.sparsity)
-        penalty = self.lagrangian(sparsity - target)
+        target = sparsity.new_tensor(self.targets(step))
+        residual, binding = (sparsity - target).min(dim=0)
+        penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
         loss = distillation + self.settings.kl_weight * kl + penalty
         return {
@@ -72,16 +78,31 @@ class SearchObjective(Objective):
             "distillation": distillation,
             "kl": kl,
             "penalty": penalty,
-            "sparsity": sparsity,
-            "target": sparsity.new_tensor(target),
+            "sparsity": sparsity[binding],
+            "target": target[binding],
             "lambda_1": self.lagrangian.linear,
             "lambda_2": self.lagrangian.quadratic,
         }
 
+    def targets(self, step: int) -> list[float]:
+        """Sparsity aimed at in a global step, for every limit."""
+        return [
+            target_at(step, len(self.stage), start, limit.budget.sparsity)
+            for start, limit in zip(self._starts, self.limits, strict=True)
+        ]
+
     def expected_sparsity(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """Share of the dense cost that goes if units stay with these probabilities, shape `()`."""
+        """Share of every limit's dense cost that goes if units stay with these probabilities.
+
+        Returns:
+            Shape `(num_limits,)`.
+        """
         full = complete(keep, self.masked.architecture)
-        return 1 - self.cost.expected(full, self.settings.is_uniform) / self.budget.dense
+        kept = [
+            limit.cost.expected(full, self.settings.is_uniform) / limit.budget.dense
+            for limit in self.limits
+        ]
+        return 1 - torch.stack(kept)
 
     @torch.no_grad()
     def _initial_sparsity(self) -> Tensor:
@@ -97,22 +118,20 @@ class SearchObjective(Objective):
         return self.expected_sparsity(keep)
 
     def optimizer(self) -> torch.optim.Adam:
-        """Adam that minimises over the masks and maximises over the multipliers."""
-        return torch.optim.Adam(
-            [
-                {"params": list(self.masks.parameters()), "lr": self.settings.learning_rate},
-                {
-                    "params": list(self.lagrangian.parameters()),
-                    "lr": MULTIPLIER_LEARNING_RATE,
-                    "maximize": True,
-                },
-            ]
-        )
+        """Adam that minimises over masks and tuning and maximises over the multipliers."""
+        multipliers = {
+            "params": list(self.lagrangian.parameters()),
+            "lr": MULTIPLIER_LEARNING_RATE,
+            "maximize": True,
+        }
+        masks = {"params": list(self.masks.parameters()), "peak": self.settings.learning_rate}
+        return torch.optim.Adam([multipliers, masks, *self.masked.tuning.parameter_groups()])
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Lets the masks' rate decay linearly to zero; the multipliers keep theirs."""
-        rate = self.settings.learning_rate * (1 - self.progress(step))
-        optimizer.param_groups[0]["lr"] = rate
+        """Lets all rates decay linearly to zero but that of the multipliers."""
+        for group in optimizer.param_groups:
+            if "peak" in group:
+                group["lr"] = group["peak"] * (1 - self.progress(step))
 
 
 def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

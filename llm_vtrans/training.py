@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.tasks.encoding import Batch, Examples, collate
 
 UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
@@ -61,7 +62,7 @@ class TrainingSettings:
 class Objective(nn.Module):
     """One stage of training: its loss, and what it trains.
 
-    `stage` is the range of global steps that the stage covers. `forward(input_ids,
+    `stage` is the range of global steps that the stage covers. `forward(batch,
     micro_batch, step)` gives the terms of one micro-batch, each of shape `()`, among
     them `loss`.
     """
@@ -82,17 +83,20 @@ class Objective(nn.Module):
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL from the unmasked to the masked network's next-token distribution.
+    """KL from the unmasked to the masked network's distribution.
 
     Args:
-        student: logits `(batch, seq, vocab)`.
-        teacher: logits `(batch, seq, vocab)`, detached.
+        student: logits `(..., classes)`, such as `(batch, seq, vocab)`.
+        teacher: the same, detached.
 
     Returns:
-        Mean over tokens in nats, shape `()`, computed in float32.
+        Mean over predictions in nats, shape `()`, computed in float32; where the head gives one
+        number, half the squared difference instead: the KL of two Gaussians of variance one.
     """
-    log_student = F.log_softmax(student.float().flatten(0, 1), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, 1), dim=-1)
+    if student.shape[-1] == 1:
+        return F.mse_loss(student.float(), teacher.float()) / 2
+    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
+    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
 
 
@@ -116,7 +120,7 @@ class Progress:
 def train(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    windows: Tensor,
+    examples: Examples,
     accelerator: Accelerator,
     settings: TrainingSettings,
     first_step: int,
@@ -128,7 +132,7 @@ def train(
     Args:
         objective: loss of the stage.
         optimizer: from the objective, with its state if the run is resumed.
-        windows: tokens `(num_samples, seq_len)` of the whole run, in the order of use.
+        examples: of the whole run, in the order in which they are used.
         accelerator: made with the settings' gradient accumulation.
         settings: of the loop.
         first_step: global steps that are done already.
@@ -138,16 +142,17 @@ def train(
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
     """
-    loader: DataLoader[Tensor] = DataLoader(
-        windows,  # type: ignore[arg-type]  # a tensor has the two methods of a Dataset
+    loader: DataLoader[Batch] = DataLoader(
+        examples,  # type: ignore[arg-type]  # it has the two methods of a Dataset
         batch_size=settings.batch_size,
         drop_last=True,
+        collate_fn=collate,
     )
     model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     done = first_step * settings.gradient_accumulation
-    batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
+    batches: Iterator[Batch] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    meter = _Meter(settings.num_steps, batch * windows.shape[1], first_step)
+    meter = _Meter(settings.num_steps, batch * examples.num_tokens, first_step)
     for step in range(first_step, objective.stage.stop):
         objective.schedule(optimizer, step)
         for part in range(settings.gradient_accumulation):

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
+    BertConfig,
+    GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -13,7 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
+
+from llm_vtrans.families.base import head_of
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 
 VOCAB_SIZE = 96
 WIDTHS = {
@@ -29,6 +36,27 @@ WIDTHS = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+GPT2_WIDTHS = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 24,
+    "n_inner": 20,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+ENCODER_WIDTHS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**WIDTHS),
     "llama-mha": LlamaConfig(**{**WIDTHS, "num_key_value_heads": 6}),
@@ -37,14 +65,43 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**WIDTHS, sliding_window=None),
     "qwen2": Qwen2Config(**WIDTHS),
     "qwen3": Qwen3Config(**WIDTHS, tie_word_embeddings=True),
-}
+    "gemma": GemmaConfig(**WIDTHS),
+    "gemma-untied": GemmaConfig(**WIDTHS, tie_word_embeddings=False),
+    "llama-classify": LlamaConfig(
+        **{**WIDTHS, "pad_token_id": 0}, num_labels=3,
+        architectures=["LlamaForSequenceClassification"],
+    ),
+    "gpt2": GPT2Config(**GPT2_WIDTHS),
+    "gpt2-untied": GPT2Config(**GPT2_WIDTHS, tie_word_embeddings=False),
+    "gpt2-classify": GPT2Config(
+        **{**GPT2_WIDTHS, "pad_token_id": 0}, num_labels=3,
+        architectures=["GPT2ForSequenceClassification"],
+    ),
+    **{
+        f"{config.model_type}-{name}": config(
+            **ENCODER_WIDTHS,
+            num_labels=labels,
+            architectures=[config.__name__.replace("Config", head)],
+        )
+        for config in (BertConfig, RobertaConfig)
+        for name, head, labels in (
+            ("mlm", "ForMaskedLM", 2),
+            ("classify", "ForSequenceClassification", 3),
+            ("choose", "ForMultipleChoice", 2),
+            ("answer", "ForQuestionAnswering", 2),
+        )
+    },
+}  # fmt: skip
 
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A random model whose norms and biases are far from their trivial initial values."""
     torch.manual_seed(seed)
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    name = AUTO_CLASSES[head_of(config)]
+    model: PreTrainedModel = getattr(transformers, name).from_config(
+        config, attn_implementation="sdpa"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

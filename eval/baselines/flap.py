@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.baselines.network import Importances, Network, input_axis, output_by_input, zeros
+from eval.baselines.network import (
+    PRUNABLE,
+    Importances,
+    Network,
+    input_axis,
+    output_by_input,
+    zeros,
+)
 from eval.baselines.ranking import joint_ranks
 from llm_vtrans.export import Pruning
 from llm_vtrans.families import Architecture, Axis
@@ -46,7 +53,7 @@ def importance(network: Network, seed: int) -> Importances:
     The paper prunes no hidden dimension. Here one gathers the fluctuations of all matrices that
     read it, each divided by its matrix's mean.
     """
-    totals = zeros(network.architecture, *Axis)
+    totals = zeros(network.architecture, *PRUNABLE)
     for name, (spec, layer) in network.matrices().items():
         axis = input_axis(spec)
         if axis is None:

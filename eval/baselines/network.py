@@ -169,6 +169,9 @@ def output_by_input(weight: Tensor, spec: TensorSpec) -> Tensor:
     return (weight if dim == 1 else weight.T).double().cpu()
 
 
+PRUNABLE = (Axis.HIDDEN, Axis.HEADS, Axis.FFN)
+
+
 def per_unit(values: Tensor, num_units: int) -> Tensor:
     """Sums consecutive entries `(num_units * width,)` into `(num_units,)`."""
     return values.reshape(num_units, -1).sum(1)
@@ -194,7 +197,7 @@ def sum_over_groups(
         architecture: says which dimension of which tensor belongs to which structure.
         saliency: parameter name -> one value per weight, in the parameter's shape.
     """
-    totals = zeros(architecture, *Axis)
+    totals = zeros(architecture, *PRUNABLE)
     for name, (spec, layer) in architecture.named_tensors().items():
         values = saliency(name).double().cpu()
         for dim, labelled in enumerate(spec.dims):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from eval.baselines.network import Importances, Network, zeros
-from llm_vtrans.families import Axis
+from eval.baselines.network import PRUNABLE, Importances, Network, zeros
 
 
 def importance(network: Network, seed: int) -> Importances:
@@ -13,5 +12,5 @@ def importance(network: Network, seed: int) -> Importances:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(empty.shape, generator=generator, dtype=torch.float64)
-        for name, empty in zeros(network.architecture, *Axis).items()
+        for name, empty in zeros(network.architecture, *PRUNABLE).items()
     }

@@ -35,7 +35,7 @@ Scores = dict[str, Tensor]
 class FixedHidden(Problem):
     """An allocation problem whose hidden size is settled."""
 
-    hidden_size: int
+    hidden_size: int = 0
 
     def counts(self, axis: Axis, is_pruned: bool) -> list[int]:
         """The one hidden size, and all counts of other units."""
@@ -133,7 +133,7 @@ class Selection:
                 problem.budget,
                 problem.round_to,
                 problem.is_uniform,
-                size,
+                hidden_size=size,
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eval.baselines.network import (
+    PRUNABLE,
     Importances,
     Network,
     input_axis,
@@ -40,7 +41,7 @@ def importance(network: Network, seed: int) -> Importances:
     The paper prunes no hidden dimension. Here one gathers the saliencies of all matrices that
     share it, each divided by its matrix's mean so that none outweighs the others by scale.
     """
-    totals = zeros(network.architecture, *Axis)
+    totals = zeros(network.architecture, *PRUNABLE)
     for name, (spec, layer) in network.matrices().items():
         values = saliency(output_by_input(network.weight(name), spec), network.moments[name].norm)
         axis = input_axis(spec)

@@ -24,6 +24,7 @@ from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.prune import prune
 from llm_vtrans.reporting import versions
 from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.tuning import Tuning
 
 TRAINED_AT = 0.5
 MEASURING = "score"  # the phase of a run that belongs to no method
@@ -89,4 +90,8 @@ def read_pruning(case: Case, result: Path) -> Pruning:
     gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
     keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
     plan = PrunePlan(keep, complete(gate, architecture))
-    return Pruning(case.source.checkpoint, architecture, plan, basis)
+    tuning = Tuning(architecture, basis is not None)
+    tuning.load_state_dict({n: saved[f"tuned.{n}"] for n in tuning.state_dict()})
+    return Pruning(
+        case.source.checkpoint, architecture, plan, tuning.basis(basis), scales=tuning.factors()
+    )

@@ -7,12 +7,13 @@ rotating and exporting all read the same table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 
 
 class Axis(StrEnum):
@@ -21,6 +22,23 @@ class Axis(StrEnum):
     HIDDEN = "hidden"
     HEADS = "heads"  # key/value groups: a group goes with all query heads that share it
     FFN = "ffn"
+    HEAD_DIM = "head_dim"  # inside every head, where a stock config ties it to the hidden size
+
+
+class Role(StrEnum):
+    """What a block of head entries is; heads of which the roles are known can be re-based."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    OUTPUT = "output"
+
+
+class Norm(StrEnum):
+    """How a family normalises the residual stream."""
+
+    RMS = "rms"
+    LAYER = "layer"  # subtracts a mean, so it has to run over the kept dimensions only
 
 
 class Sublayer(StrEnum):
@@ -37,17 +55,35 @@ class Stream(StrEnum):
     """How a tensor's hidden dimension meets the residual stream."""
 
     WRITES = "writes"
+    JOINS = "joins"  # added to the stream in front of a post-norm, which gates it
     READS = "reads"
+    TAKES = "takes"  # reads what a head of the model computed in the same width
     SCALES = "scales"  # a norm's weight, multiplied into the normalised stream
+    SHIFTS = "shifts"  # a norm's bias
+    RENEWS = "renews"  # weight or bias of a post-norm: its output is the stream
     APART = "apart"
 
 
 @dataclass(frozen=True)
 class Dim:
-    """One tensor dimension: its size and the prunable axis it belongs to, if any."""
+    """One tensor dimension: its size and the prunable axis it belongs to, if any.
+
+    Attributes:
+        size: entries in the dense checkpoint.
+        axis: prunable axis, or None.
+        roles: of the consecutive blocks, each over all heads, that a head dimension consists
+            of: one, or three where query, key and value are fused. Empty where nothing inside
+            a head can change, as rotary positions pair its entries.
+    """
 
     size: int
     axis: Axis | None = None
+    roles: tuple[Role, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that each hold every unit of the axis."""
+        return max(1, len(self.roles))
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,10 @@ class TensorSpec:
         sublayer: the residual branch the tensor goes with; None outside the layers.
         norm: name of the norm in front of a reader, whose weight rotation folds.
         is_lookup: True for embedding tables, which cost no multiply-accumulates.
+        offset: added to a norm's stored weight when it is used.
+        grows_with_width: True for a table whose rows the model multiplies by the root of its
+            `hidden_size`.
+        positions: tokens of a sequence that the product is computed for; None for all.
     """
 
     name: str
@@ -69,14 +109,22 @@ class TensorSpec:
     sublayer: Sublayer | None = None
     norm: str | None = None
     is_lookup: bool = False
+    offset: float = 0.0
+    grows_with_width: bool = False
+    positions: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the dimensions in the dense checkpoint."""
         return tuple(dim.size for dim in self.dims)
 
+    @property
+    def is_write(self) -> bool:
+        """Whether it adds to the residual stream."""
+        return self.stream in (Stream.WRITES, Stream.JOINS)
+
     def dim_of(self, axis: Axis) -> int | None:
-        """Index of the dimension that belongs to `axis`, or None."""
+        """Index of the first dimension that belongs to `axis`, or None."""
         return next((i for i, dim in enumerate(self.dims) if dim.axis is axis), None)
 
 
@@ -91,6 +139,9 @@ class Architecture:
         final_norm: name of the norm in front of the output head.
         tied_head: name that shares the embedding's storage, or None.
         max_positions: longest sequence the model was built for, in tokens.
+        norm: of the residual stream.
+        couples_heads: the stock config knows no `head_dim`: heads times their width must be
+            the hidden size, so that layout prunes dimensions inside heads, too.
     """
 
     num_layers: int
@@ -99,10 +150,27 @@ class Architecture:
     final_norm: str
     tied_head: str | None
     max_positions: int
+    norm: Norm = Norm.RMS
+    couples_heads: bool = False
 
     def units_per(self, dim: Dim) -> int:
-        """Consecutive tensor entries that one unit of the dimension's axis covers."""
-        return 1 if dim.axis is None else dim.size // self.num_units[dim.axis]
+        """Consecutive entries of a block that one unit of the dimension's axis covers."""
+        return 1 if dim.axis is None else dim.size // dim.num_blocks // self.num_units[dim.axis]
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """The token table, which a tied head shares."""
+        return next(spec for spec in self.tensors if spec.is_lookup)
+
+    def is_final_norm(self, spec: TensorSpec) -> bool:
+        """Whether a row is the weight or bias of the norm in front of the output head."""
+        return spec.name.rpartition(".")[0] == self.final_norm.rpartition(".")[0]
+
+    @property
+    def head_dim(self) -> int | None:
+        """Entries of one head where they can be re-based, else None."""
+        dims = (dim for spec in self.tensors for dim in spec.dims if dim.roles)
+        return next((self.units_per(dim) for dim in dims), None)
 
     def named_tensors(self) -> dict[str, tuple[TensorSpec, int | None]]:
         """Every concrete tensor name with its row and layer index (None outside layers)."""
@@ -124,11 +192,13 @@ class Shape:
         hidden: kept hidden dimensions.
         heads: kept key/value groups per original layer; 0 removes the attention sub-layer.
         ffn: kept FFN units per original layer; 0 removes the FFN sub-layer.
+        head_dim: kept dimensions of every head; None keeps all.
     """
 
     hidden: int
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
+    head_dim: int | None = None
 
     def units(self, sublayer: Sublayer) -> tuple[int, ...]:
         """Kept units per layer of one kind of sub-layer."""
@@ -157,7 +227,11 @@ class Family:
         per_layer_config: the same with one shape per layer.
         rotates: whether an orthogonal change of basis of the stream leaves the function as it
             is (true of RMSNorm, not of LayerNorm).
-        ignored: suffixes of checkpoint entries that are no parameters (old rotary buffers).
+        ignored: suffixes of checkpoint entries that no forward pass of ours reads (buffers of
+            old versions, a pooler that the head does not use).
+        base_prefix: what tensor names begin with in a model with a head; published checkpoints
+            of the bare model lack it.
+        renames: old endings of tensor names and what they are today.
     """
 
     model_types: tuple[str, ...]
@@ -166,6 +240,38 @@ class Family:
     per_layer_config: Callable[[dict[str, Any], Shape], dict[str, Any]]
     rotates: bool = False
     ignored: tuple[str, ...] = field(default=())
+    base_prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def canonical(self, stored: Iterable[str]) -> dict[str, str]:
+        """Name in a model with a head -> name in the checkpoint."""
+        names: dict[str, str] = {}
+        is_bare = not any(name.startswith(self.base_prefix) for name in stored)
+        for name in stored:
+            new = f"{self.base_prefix}{name}" if is_bare else name
+            for old, now in self.renames:
+                new = f"{new.removesuffix(old)}{now}" if new.endswith(old) else new
+            names[new] = name
+        return names
+
+
+def head_of(config: Any) -> str:
+    """Ending of the class that a checkpoint was saved from, such as `ForMaskedLM`.
+
+    Args:
+        config: parsed by `transformers`; without `architectures` it is a causal LM's.
+
+    Raises:
+        UserError: a class whose head no adapter knows.
+    """
+    name = next(iter(config.architectures or ("ForCausalLM",)))
+    for ending in AUTO_CLASSES:
+        if name.endswith(ending):
+            return ending
+    raise UserError(
+        f"config.json names {name}, of which no head can be kept; supported are classes that end "
+        f"in {', '.join(AUTO_CLASSES)} (--finetune-first gives a bare model a head)"
+    )
 
 
 _REGISTRY: dict[str, Family] = {}

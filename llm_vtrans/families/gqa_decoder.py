@@ -7,6 +7,7 @@ each of q, k and v.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llm_vtrans.errors import UserError
@@ -19,16 +20,15 @@ from llm_vtrans.families.base import (
     Stream,
     Sublayer,
     TensorSpec,
+    head_of,
     register,
 )
+from llm_vtrans.families.layouts import per_layer_names, skipped
 
 ATTENTION_NORM = "model.layers.{}.input_layernorm.weight"
 FFN_NORM = "model.layers.{}.post_attention_layernorm.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-# The released per-layer loader (llm_vtrans/per_layer_modeling.py) travels under this name.
-PER_LAYER_MODULE = "per_layer_modeling"
-CLASS_PREFIX = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def _head_dim(config: Any) -> int:
@@ -36,7 +36,8 @@ def _head_dim(config: Any) -> int:
     return explicit or config.hidden_size // config.num_attention_heads
 
 
-def _describe(config: Any) -> Architecture:
+def describe(config: Any) -> Architecture:
+    """The table of a decoder with LLaMA's tensor names."""
     head_dim = _head_dim(config)
     num_groups = config.num_key_value_heads or config.num_attention_heads
     if config.num_attention_heads % num_groups:
@@ -49,7 +50,13 @@ def _describe(config: Any) -> Architecture:
     key = Dim(num_groups * head_dim, Axis.HEADS)
     ffn = Dim(config.intermediate_size, Axis.FFN)
     vocab, in_head = Dim(config.vocab_size), Dim(head_dim)
-    tied = bool(config.tie_word_embeddings)
+    is_lm = head_of(config) == "ForCausalLM"
+    tied = is_lm and bool(config.tie_word_embeddings)
+    head = TensorSpec(HEAD, (vocab, hidden), Stream.READS, norm=FINAL_NORM)
+    if head_of(config) == "ForSequenceClassification":
+        head = replace(head, name="score.weight", dims=(Dim(config.num_labels), hidden))
+    elif not is_lm:
+        raise UserError(f"{config.model_type} as {head_of(config)} is not supported")
     return Architecture(
         num_layers=config.num_hidden_layers,
         num_units={
@@ -62,7 +69,7 @@ def _describe(config: Any) -> Architecture:
             *_attention(config, hidden, query, key, in_head),
             *_ffn(config, hidden, ffn),
             TensorSpec(FINAL_NORM, (hidden,), Stream.SCALES),
-            *(() if tied else (TensorSpec(HEAD, (vocab, hidden), Stream.READS, norm=FINAL_NORM),)),
+            *(() if tied else (head,)),
         ),
         final_norm=FINAL_NORM,
         tied_head=HEAD if tied else None,
@@ -129,7 +136,8 @@ def _base_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     return new
 
 
-def _stock_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+def stock_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """The config of a model with one shape for all layers."""
     new = _base_config(config, shape)
     layer = shape.kept_layers[0]
     new["num_key_value_heads"] = shape.heads[layer]
@@ -156,12 +164,13 @@ def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
     new = {key: value for key, value in config.items() if key not in dropped}
     return new | {
         "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
+        "architectures": [config["architectures"][0].replace("Llama", "Mistral")],
         "sliding_window": None,
     }
 
 
-def _per_layer_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+def per_layer_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """The config of a model in which every layer has its own shape."""
     new = _base_config(config, shape)
     group = _group_size(config)
     # The global values are never used by a layer; they are what a reader of the file expects.
@@ -173,26 +182,19 @@ def _per_layer_config(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
             "num_attention_heads": shape.heads[layer] * group,
             "num_key_value_heads": shape.heads[layer],
             "intermediate_size": shape.ffn[layer],
-            "skip": [part.value for part in Sublayer if not shape.units(part)[layer]],
+            "skip": skipped(shape, layer),
         }
         for position, layer in enumerate(shape.kept_layers)
     }
-    prefix = CLASS_PREFIX[config["model_type"]]
-    new["model_type"] = f"per_layer_{config['model_type']}"
-    new["architectures"] = [f"PerLayer{prefix}ForCausalLM"]
-    new["auto_map"] = {
-        "AutoConfig": f"{PER_LAYER_MODULE}.PerLayer{prefix}Config",
-        "AutoModelForCausalLM": f"{PER_LAYER_MODULE}.PerLayer{prefix}ForCausalLM",
-    }
-    return new
+    return per_layer_names(new)
 
 
 GQA_DECODER = register(
     Family(
-        model_types=tuple(CLASS_PREFIX),
-        describe=_describe,
-        stock_config=_stock_config,
-        per_layer_config=_per_layer_config,
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        describe=describe,
+        stock_config=stock_config,
+        per_layer_config=per_layer_config,
         rotates=True,
         ignored=(".self_attn.rotary_emb.inv_freq",),
     )

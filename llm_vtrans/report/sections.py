@@ -193,7 +193,8 @@ def layouts(record: RunRecord) -> str:
     perplexity = record.manifest.get("perplexity", {})
     names = {
         "dense": "dense model",
-        "masked": "hard masks on the dense model",
+        "hardened": "hard masks on the dense model",
+        "tuned": "the same after tuning",
         "pruned": "exported model, loaded again",
         "other_layout": "the same masks in the other layout",
     }

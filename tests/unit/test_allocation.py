@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
@@ -200,3 +200,37 @@ def test_removed_sublayers_are_gated_off() -> None:
         gone = ~plan.keep[UNIT_AXIS[part]].any(1)
         assert bool((plan.hard()["layers"][gone, index] == 0).all())
     assert not plan.keep[Axis.FFN][2].any()
+
+
+@given(
+    sparsity=st.floats(0.1, 0.8),
+    seed=seeds,
+    structures=st.sampled_from([ALL, ("hidden", "heads", "ffn"), ("hidden", "ffn")]),
+    round_to=st.sampled_from([1, 8]),
+)
+@settings(max_examples=20, deadline=None)
+def test_stock_heads_fill_the_hidden_size(
+    sparsity: float, seed: int, structures: tuple[str, ...], round_to: int
+) -> None:
+    """GPT-2's config knows no head_dim: dimensions inside heads go so that all fits."""
+    config = GPT2Config(
+        vocab_size=500, n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=HEADS, n_positions=64
+    )
+    architecture = family_for("gpt2").describe(config)
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    budget = Budget("params", int((1 - sparsity) * dense), dense)
+    problem = Problem(architecture, cost, budget, round_to, True)
+    masks = random_masks(structures, True, seed)
+    if not reachable(problem, structures):
+        with pytest.raises(UserError, match="unreachable"):
+            allocate(masks, problem)
+        return
+    shape = allocate(masks, problem).shape
+    heads = shape.heads[shape.kept_layers[0]]
+    assert shape.head_dim is not None and shape.head_dim <= HEAD_DIM
+    assert heads * shape.head_dim == shape.hidden and shape.is_uniform
+    assert shape.hidden % round_to == 0
+    if "heads" not in structures:
+        assert heads == HEADS
+    assert cost.of(shape) <= budget.target

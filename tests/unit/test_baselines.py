@@ -16,6 +16,7 @@ from llm_vtrans.budget import dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
 from llm_vtrans.loading import open_source
+from llm_vtrans.rotation import Basis
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")
@@ -180,7 +181,9 @@ def test_slicegpt_without_slicing_is_the_dense_function(tmp_path: Path, name: st
     assert len(bases) == 2 * rotated.num_layers + 1
     assert not torch.allclose(bases[0].T @ bases[1], torch.eye(size), atol=0.1)
     plan = slicegpt.leading_dimensions(rotated, size)
-    pruning = slicegpt.Pruning(given.source.checkpoint, rotated, plan, bases[0], torch.float32)
+    pruning = slicegpt.Pruning(
+        given.source.checkpoint, rotated, plan, Basis.rotation(bases[0]), torch.float32
+    )
     with torch.no_grad():
         actual = slicegpt.sliced_model(given, pruning, bases)(WINDOWS).logits
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -16,7 +16,7 @@ from llm_vtrans.families import Axis
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.recovery import recovery_for
 from llm_vtrans.recovery.least_squares import Moments, recover, solve
-from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.rotation import Basis, rotated_architecture
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WINDOWS = torch.randint(VOCAB_SIZE, (16, 24), generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,11 @@ def halved(folder: Path, name: str, basis: bool = False, hidden: int = 24):
     keep["heads"][:, 0] = False
     keep["hidden"] = torch.arange(24) < hidden
     pruning = Pruning(
-        source.checkpoint, architecture, PrunePlan(keep, whole), rotation, torch.float32
+        source.checkpoint,
+        architecture,
+        PrunePlan(keep, whole),
+        None if rotation is None else Basis.rotation(rotation),
+        torch.float32,
     )
     (folder / "pruned").mkdir()
     export_model(pruning, source.family, source.config, False, folder / "pruned", 10**9)
@@ -125,7 +129,7 @@ def test_first_matrix_error_falls(tmp_path: Path, name: str, basis: bool, hidden
         return seen[0]
 
     target = attention(dense)
-    target = target @ pruning.basis[:, :hidden] if basis else target[..., :hidden]
+    target = target @ pruning.basis.write[:, :hidden] if basis else target[..., :hidden]
     target = target * (hidden / 24) ** 0.5
     before = (attention(pruned) - target).square().sum()
     with torch.no_grad():

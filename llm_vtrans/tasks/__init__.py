@@ -1,0 +1,182 @@
+"""Tasks: what a run trains on, how its models are scored, and which head they need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.attachment import logits_of
+from llm_vtrans.calibration import TextSource, calibrate
+from llm_vtrans.errors import UserError
+from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.tasks import encoding, metrics
+from llm_vtrans.tasks.encoding import Examples, inputs_of
+from llm_vtrans.tasks.reading import GLUE, Labelled, read_split
+
+# Task -> ending of the model class that it needs.
+HEADS = {
+    "clm": "ForCausalLM",
+    "mlm": "ForMaskedLM",
+    "classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "multiple-choice": "ForMultipleChoice",
+    "qa": "ForQuestionAnswering",
+}
+SPAN_COLUMNS = ("question", "context", "answers")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its examples.
+
+    Attributes:
+        kind: key of `HEADS`.
+        train: examples in the order of training.
+        heldout: examples that are scored and never trained on.
+        headline: the score that a summary shows.
+        protocol: how it is measured, in words.
+        num_labels: classes; 1 for numbers.
+    """
+
+    kind: str
+    train: Examples
+    heldout: Examples
+    headline: str
+    protocol: str
+    num_labels: int = 2
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch_size: int) -> dict[str, float]:
+        """All scores of a model on the held-out examples."""
+        if self.kind == "clm":
+            windows = self.heldout.tensors["input_ids"]
+            return {"perplexity": token_perplexity(model, windows, batch_size).value}
+        device = next(model.parameters()).device
+        is_training = model.training
+        model.eval()
+        logits: list[Tensor] = []
+        totals = {"nll": 0.0, "num": 0.0}
+        for batch in self.heldout.batches(batch_size, device):
+            found = logits_of(model(**inputs_of(batch)))
+            if self.kind == "mlm":  # logits of a whole vocabulary are not kept
+                part = metrics.token_nll(found, batch["labels"])
+                totals = {name: totals[name] + part[name] for name in totals}
+                continue
+            space = self.heldout.seq_len - found.shape[-1] if self.kind == "qa" else 0
+            logits.append(nn.functional.pad(found.float(), (0, space), value=-1e9).cpu())
+        model.train(is_training)
+        if self.kind == "mlm":
+            return {"pseudo_perplexity": math.exp(totals["nll"] / totals["num"])}
+        return self._scores(torch.cat(logits))
+
+    def _scores(self, logits: Tensor) -> dict[str, float]:
+        tensors = self.heldout.tensors
+        if self.kind == "qa":
+            return metrics.spans(logits, tensors["start_positions"], tensors["end_positions"])
+        score = metrics.regression if self.kind == "regression" else metrics.classification
+        return score(logits, tensors["labels"])
+
+
+def task_of(args: PruneArguments, head: str, num_labels: int) -> str:
+    """The task of a run: the one asked for, or the one that the checkpoint's head is for.
+
+    Raises:
+        UserError: the head does not fit the task.
+    """
+    head = "ForCausalLM" if head == "LMHeadModel" else head
+    fitting = [kind for kind, needed in HEADS.items() if needed == head]
+    if fitting == ["classification", "regression"]:
+        fitting = ["regression"] if num_labels == 1 else ["classification"]
+    if args.task is None or args.task in fitting:
+        return fitting[0]
+    raise UserError(
+        f"--task {args.task}: {args.model} has a head for {fitting[0]}; --finetune-first makes "
+        "a model for the task from it"
+    )
+
+
+def make_task(
+    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int | None
+) -> Task:
+    """Reads and encodes a task's data.
+
+    Args:
+        args: name the data.
+        kind: the task.
+        tokenizer: of the model.
+        seq_len: tokens in a sequence at most.
+        num_samples: examples to train on; labelled data is repeated or cut to them, and None
+            takes it as it is.
+
+    Raises:
+        UserError: data that cannot be read or does not fit the task.
+    """
+    assert args.data is not None
+    if kind in ("clm", "mlm"):
+        return _text_task(args, kind, tokenizer, seq_len, num_samples or args.samples)
+    fields = tuple(name.strip() for name in (args.text_field or "").split(",") if name.strip())
+    source = Labelled(args.data, args.eval_data, fields, args.label_field)
+    columns = SPAN_COLUMNS if kind == "qa" else source.columns()
+    needed = columns if kind == "qa" else (*columns, source.label_field)
+    rows = {split: read_split(source, split, needed) for split in (True, False)}
+    classes = _classes([row[source.label_field] for row in rows[True]], kind)
+
+    def encode(is_train: bool) -> Examples:
+        if kind == "qa":
+            return encoding.spans(rows[is_train], tokenizer, seq_len)
+        given = (rows[is_train], columns, source.label_field, tokenizer, seq_len)
+        if kind == "classification":
+            return encoding.classification(*given, classes)
+        return (encoding.regression if kind == "regression" else encoding.multiple_choice)(*given)
+
+    train, heldout = encode(True), encode(False)
+    known = GLUE[source.glue_task][1] if source.glue_task else "accuracy"
+    headline = {"classification": known, "regression": "spearman", "qa": "f1"}.get(kind, "accuracy")
+    return Task(
+        kind,
+        train.take(_order(len(train), num_samples or len(train), args.seed)),
+        heldout,
+        headline,
+        f"{headline} over all {len(heldout)} validation examples of {args.data}",
+        len(classes),
+    )
+
+
+def _classes(labels: list[Any], kind: str) -> list[Any]:
+    """Classes in sorted order; numbers, choices and spans have one output."""
+    return sorted(set(labels)) if kind == "classification" else [None]
+
+
+def _order(num: int, num_samples: int, seed: int) -> Tensor:
+    """Rows to train on: one shuffle after the other."""
+    draw = torch.Generator().manual_seed(seed)
+    epochs = range(-(-num_samples // num))
+    return torch.cat([torch.randperm(num, generator=draw) for _ in epochs])[:num_samples]
+
+
+def _text_task(
+    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int
+) -> Task:
+    text = TextSource(args.data or "", args.data_config, args.data_split, args.text_field)
+    width = seq_len - 2 if kind == "mlm" else seq_len
+    data = calibrate(text, tokenizer, num_samples, width, args.seed)
+    windows = f"{len(data.heldout)} non-overlapping windows of {seq_len} tokens held out from"
+    if kind == "clm":
+        protocol = f"token-level over {windows} {args.data}"
+        train, heldout = (Examples({"input_ids": t}) for t in (data.train, data.heldout))
+        return Task(kind, train, heldout, "perplexity", protocol)
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{args.model}: its tokenizer has no mask token, so no masked LM")
+    return Task(
+        kind,
+        encoding.masked_windows(data.train, tokenizer, args.seed, corrupt=True),
+        encoding.masked_windows(data.heldout, tokenizer, 0, corrupt=False),
+        "pseudo_perplexity",
+        f"exp of the mean loss of masked tokens, 15% of {windows} {args.data}, drawn once and "
+        "masked at once",
+    )

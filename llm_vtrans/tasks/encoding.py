@@ -1,0 +1,182 @@
+"""Rows -> tensors of one length, for every kind of head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_vtrans.errors import UserError
+from llm_vtrans.tasks.reading import Row
+
+LABELS = ("labels", "start_positions", "end_positions")
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tensors by the names that a model's `forward` takes, each with `num` rows.
+
+    Sequences are padded on the right to one length, `(num, seq)`; those of multiple choice
+    have a dimension more, `(num, choices, seq)`.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors["input_ids"])
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in the longest sequence."""
+        return int(self.tensors["input_ids"].shape[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model sees of one example, padding included."""
+        return self.tensors["input_ids"][0].numel()
+
+    def take(self, indices: Tensor) -> Examples:
+        """These rows, in this order."""
+        return Examples({name: tensor[indices] for name, tensor in self.tensors.items()})
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """All rows in order, each batch as short as its longest sequence."""
+        for start in range(0, len(self), batch_size):
+            batch = {n: t[start : start + batch_size] for n, t in self.tensors.items()}
+            yield {name: tensor.to(device) for name, tensor in shortened(batch).items()}
+
+
+def collate(rows: Sequence[Batch]) -> Batch:
+    """A batch of examples, cut to its longest sequence."""
+    return shortened({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def shortened(batch: Batch) -> Batch:
+    """Drops the columns in which every sequence of the batch is padding."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    longest = int(mask.flatten(0, -2).any(0).sum())
+    whole = mask.shape[-1]
+    return {
+        name: tensor[..., :longest] if tensor.shape[-1:] == (whole,) else tensor
+        for name, tensor in batch.items()
+    }
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """A batch without its labels."""
+    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+
+
+def classification(
+    rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int,
+    classes: Sequence[Any],
+) -> Examples:  # fmt: skip
+    """Texts or pairs with a class each."""
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = next((row[label] for row in rows if row[label] not in index), None)
+    if unknown is not None:
+        raise UserError(f"label {unknown!r} is not among those of the training data: {classes}")
+    labels = torch.tensor([index[row[label]] for row in rows])
+    return Examples({**_texts(rows, columns, tokenizer, seq_len), "labels": labels})
+
+
+def regression(
+    rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int
+) -> Examples:
+    """Texts or pairs with a number each."""
+    try:
+        labels = torch.tensor([float(row[label]) for row in rows])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--label-field {label}: not a number ({error})") from error
+    return Examples({**_texts(rows, columns, tokenizer, seq_len), "labels": labels})
+
+
+def multiple_choice(
+    rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int
+) -> Examples:
+    """A context with choices: one column each, or one column that lists them."""
+    context, *names = columns
+    found = [list(row[names[0]]) if len(names) == 1 else [row[n] for n in names] for row in rows]
+    num = len(found[0])
+    if num < 2 or any(len(choices) != num for choices in found):
+        raise UserError(f"--text-field {','.join(columns)}: every row needs the same choices, >= 2")
+    flat = [
+        {"context": row[context], "choice": choice}
+        for row, choices in zip(rows, found, strict=True)
+        for choice in choices
+    ]
+    texts = _texts(flat, ("context", "choice"), tokenizer, seq_len)
+    labels = torch.tensor([int(row[label]) for row in rows])
+    return Examples({**{n: t.unflatten(0, (-1, num)) for n, t in texts.items()}, "labels": labels})
+
+
+def spans(rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Examples:
+    """SQuAD's columns: question, context, answers with text and answer_start.
+
+    The first answer's tokens are the label; an answer beyond `seq_len` is the first token.
+    """
+    kept = _texts(rows, ("question", "context"), tokenizer, seq_len, truncation="only_second")
+    ends = []
+    for i, row in enumerate(rows):
+        answers = row["answers"]
+        start = answers["answer_start"][0] if answers["text"] else None
+        tokens = (0, 0)
+        if start is not None:
+            encoding = tokenizer(
+                row["question"], row["context"], truncation="only_second", max_length=seq_len
+            )
+            last = start + len(answers["text"][0]) - 1
+            pair = (encoding.char_to_token(start, 1), encoding.char_to_token(last, 1))
+            tokens = pair if None not in pair else tokens
+        assert bool(kept["attention_mask"][i, tokens[1]])
+        ends.append(tokens)
+    first, last_ = torch.tensor(ends).T
+    return Examples({**kept, "start_positions": first, "end_positions": last_})
+
+
+def masked_windows(windows: Tensor, tokenizer: Any, seed: int, corrupt: bool) -> Examples:
+    """Windows between the special tokens with 15% of their tokens to be predicted.
+
+    Args:
+        windows: plain tokens, `(num, seq - 2)`.
+        tokenizer: knows the special tokens.
+        seed: of the draw, which is made once.
+        corrupt: BERT's corruption (80% mask, 10% a random token, 10% as it is), to train on;
+            else all of them are masked, to be scored.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(windows.shape, generator=draw) < 0.15
+    chosen[~chosen.any(1), 0] = True
+    fate = torch.rand(windows.shape, generator=draw) if corrupt else torch.zeros(windows.shape)
+    other = torch.randint(len(tokenizer), windows.shape, generator=draw)
+    mask = torch.full_like(windows, tokenizer.mask_token_id)
+    seen = torch.where(chosen & (fate < 0.8), mask, windows)
+    seen = torch.where(chosen & (fate >= 0.9), other, seen)
+    labels = torch.where(chosen, windows, -100)
+    pad = torch.nn.functional.pad
+    seen, labels = pad(seen, (1, 1)), pad(labels, (1, 1), value=-100)
+    seen[:, 0], seen[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return Examples({"input_ids": seen, "labels": labels})
+
+
+def _texts(
+    rows: Sequence[Row], columns: Sequence[str], tokenizer: Any, seq_len: int,
+    truncation: bool | str = True,
+) -> Batch:  # fmt: skip
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    read: Callable[[str], list[str]] = lambda name: [str(row[name]) for row in rows]  # noqa: E731
+    encoded = tokenizer(
+        *(read(name) for name in columns), truncation=truncation, max_length=seq_len,
+        padding="longest", return_tensors="pt",
+    )  # fmt: skip
+    return {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}

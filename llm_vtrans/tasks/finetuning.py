@@ -1,0 +1,115 @@
+"""FINETUNE: a pretrained checkpoint and a task's data -> the dense model that is then pruned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.errors import UserError
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.tasks import HEADS, Task, make_task
+from llm_vtrans.tasks.encoding import collate
+
+RECORD_FILE = "finetuning.json"
+WARMUP = 0.1  # share of the steps
+DECIDING = (
+    "model", "revision", "data", "eval_data", "task", "text_field", "label_field", "seq_len",
+    "seed", "batch_size", "gradient_accumulation", "finetune_epochs", "finetune_learning_rate",
+)  # fmt: skip
+
+
+def finetune_first(args: PruneArguments) -> PruneArguments:
+    """Makes the dense task model beside the output folder, or finds the one of an earlier run.
+
+    Args:
+        args: with `task`, and a checkpoint with or without a head.
+
+    Returns:
+        The same options with that model in place of the pretrained one.
+
+    Raises:
+        UserError: the model or the data cannot be used.
+    """
+    if args.task is None:
+        raise UserError("--finetune-first needs --task")
+    folder = args.output_folder().with_name(f"{args.output_folder().name}-dense")
+    record = {name: getattr(args, name) for name in DECIDING}
+    saved = folder / RECORD_FILE
+    if not saved.is_file() or json.loads(saved.read_text())["settings"] != record:
+        scores = _finetune(args, args.task, folder)
+        if Accelerator().is_main_process:
+            saved.write_text(json.dumps({"settings": record, "scores": scores}, indent=2) + "\n")
+        Accelerator().wait_for_everyone()
+    return replace(args, model=str(folder), revision=None)
+
+
+def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
+    """Trains all weights on the task's own loss; returns the scores."""
+    transformers_logging.set_verbosity_error()
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+    set_seed(args.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    except Exception as error:  # the hub's client and the readers raise many types
+        raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}") from error
+    longest = config.max_position_embeddings - (2 if config.model_type == "roberta" else 0)
+    seq_len = args.seq_len or min(512, longest)
+    task = make_task(args, kind, tokenizer, seq_len, None)
+    model = _build(args, kind, task, tokenizer)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.finetune_learning_rate, weight_decay=0.01
+    )
+    loader: Any = DataLoader(
+        task.train,  # type: ignore[arg-type]  # it has the two methods of a Dataset
+        batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=collate,
+    )  # fmt: skip
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    num_steps = max(1, round(args.finetune_epochs * len(loader)))
+    batches = chain.from_iterable(repeat(loader))
+    model.train()
+    for step, batch in enumerate(islice(batches, num_steps), start=1):
+        done = step / (num_steps + 1)
+        rate = args.finetune_learning_rate * min(done / WARMUP, (1 - done) / (1 - WARMUP))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.is_main_process and step % max(1, num_steps // 20) == 0:
+            print(f"finetune {step:>5}/{num_steps}  loss {float(loss):.4f}", flush=True)
+    plain = accelerator.unwrap_model(model).eval()
+    scores = task.evaluate(plain, args.batch_size)
+    if accelerator.is_main_process:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print(f"finetuned: {scores}", flush=True)
+    accelerator.wait_for_everyone()
+    return scores
+
+
+def _build(args: PruneArguments, kind: str, task: Task, tokenizer: Any) -> Any:
+    """The pretrained model with the task's head, fresh where it had none."""
+    auto = getattr(transformers, AUTO_CLASSES[HEADS[kind]])
+    labels = {} if kind in ("clm", "mlm", "qa", "multiple-choice") else {
+        "num_labels": task.num_labels
+    }  # fmt: skip
+    model = auto.from_pretrained(args.model, revision=args.revision, dtype=torch.float32, **labels)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model

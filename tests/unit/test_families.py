@@ -1,0 +1,112 @@
+"""What adapters say beyond LLaMA's: names in old files, refusals, norms, bases inside heads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llm_vtrans.allocation import PrunePlan
+from llm_vtrans.attachment import MaskedModel, weighted_layer_norm
+from llm_vtrans.budget import complete
+from llm_vtrans.errors import UserError
+from llm_vtrans.families import family_for
+from llm_vtrans.families.base import Norm, Role, Sublayer, head_of
+from llm_vtrans.head_basis import balanced_basis
+from llm_vtrans.loading import load_model, open_source
+from tests.tiny import CONFIGS, save_tiny, tiny_model
+
+LAYER_NORM = [name for name in CONFIGS if name.startswith(("gpt2", "bert", "roberta"))]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("bert-mlm", "")])
+def test_names_of_published_files(tmp_path: Path, name: str, prefix: str) -> None:
+    """GPT-2's file lacks the base model's prefix, BERT's calls norms gamma and beta."""
+    folder = save_tiny(name, tmp_path)
+    expected = load_model(open_source(str(folder)), torch.float32, torch.device("cpu"))
+    stored = load_file(folder / "model.safetensors")
+    old = {
+        key.removeprefix(prefix)
+        .replace("LayerNorm.weight", "LayerNorm.gamma")
+        .replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in stored.items()
+    }
+    assert old.keys() != stored.keys()
+    save_file({**old, "bert.embeddings.position_ids": torch.ones(1)} if not prefix else old,
+              folder / "model.safetensors")  # fmt: skip
+    model = load_model(open_source(str(folder)), torch.float32, torch.device("cpu"))
+    for left, right in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_unknown_heads_are_refused() -> None:
+    config = type(CONFIGS["bert-mlm"])(architectures=["BertForTokenClassification"])
+    with pytest.raises(UserError, match="BertForTokenClassification"):
+        head_of(config)
+    with pytest.raises(UserError, match="inverse_layer_idx"):
+        family_for("gpt2").describe(type(CONFIGS["gpt2"])(scale_attn_by_inverse_layer_idx=True))
+
+
+def test_layer_norm_over_present_dimensions() -> None:
+    torch.manual_seed(0)
+    norm, x = nn.LayerNorm(12), torch.randn(5, 12)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(12))
+        norm.bias.copy_(torch.rand(12))
+    torch.testing.assert_close(weighted_layer_norm(x, norm, torch.ones(12)), norm(x))
+    kept = torch.arange(12) % 3 > 0
+    smaller = nn.functional.layer_norm(x[:, kept], (8,), norm.weight[kept], norm.bias[kept])
+    found = weighted_layer_norm(x, norm, kept.float())
+    torch.testing.assert_close(found[:, kept], smaller)
+    assert not found[:, ~kept].any()
+
+
+@pytest.mark.parametrize("name", LAYER_NORM)
+@torch.no_grad()
+def test_open_gates_leave_the_function(name: str) -> None:
+    architecture = family_for(CONFIGS[name].model_type).describe(CONFIGS[name])
+    assert architecture.norm is Norm.LAYER and architecture.couples_heads
+    masked = MaskedModel(tiny_model(name), architecture)
+    shape = (1, 2, 20) if name.endswith("choose") else (2, 20)
+    tokens = torch.randint(1, 90, shape, generator=torch.Generator().manual_seed(0))
+    dense = masked(tokens)
+    ones = complete({"layers": torch.ones(1, 1)}, architecture)
+    keep = {n: t.bool() for n, t in ones.items() if n != "layers"}
+    masked.set_gates(PrunePlan(keep, ones).hard())
+    torch.testing.assert_close(masked(tokens), dense, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_head_basis_orders_what_heads_do() -> None:
+    """All dimensions: the function; fewer: an error that the basis keeps below the old one's."""
+    config = CONFIGS["gpt2"]
+    architecture = family_for(config.model_type).describe(config)
+    model = tiny_model("gpt2")
+    tokens = torch.randint(1, 90, (8, 20), generator=torch.Generator().manual_seed(0))
+    basis = balanced_basis(model, architecture, [tokens], lambda batch: model(batch))
+    width = architecture.head_dim
+    assert width == 6
+    whole = basis.projectors(width)
+    for maps in whole.values():
+        torch.testing.assert_close(maps, torch.eye(width).expand_as(maps), rtol=0, atol=1e-3)
+    assert bool((basis.retained.diff() > 0).all()) and float(basis.retained[-1]) == pytest.approx(1)
+    masked = MaskedModel(model, architecture)
+    dense = masked(tokens)
+
+    def error(projectors: dict[Role, torch.Tensor]) -> float:
+        named = {f"heads.{role}": maps for role, maps in projectors.items()}
+        masked.set_gates(named)
+        return float((masked(tokens) - dense).square().mean())
+
+    errors = [error(basis.projectors(n)) for n in (5, 4, 2)]
+    assert errors == sorted(errors)
+    first = torch.diag((torch.arange(width) < 4).float())
+    plain = {role: first.expand_as(maps) for role, maps in whole.items()}
+    assert errors[1] < error(plain)
+
+
+def test_every_sublayer_has_its_rows() -> None:
+    for name, config in CONFIGS.items():
+        rows = family_for(config.model_type).describe(config).tensors
+        assert {row.sublayer for row in rows} >= set(Sublayer), name
