@@ -53,7 +53,7 @@ from llm_vtrans.output_folder import atomic_write_bytes
 from llm_vtrans.recovery import recovery_for
 from llm_vtrans.scoring import text_documents, text_windows
 
-PRELOADED = ["torch", "transformers", "transformers.models.llama.modeling_llama", "safetensors"]
+PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
 
 
 def share(text: str) -> float:
@@ -223,6 +223,8 @@ def run(arguments: list[str]) -> None:
     if not plots.is_available():
         print("no plots: pip install -e '.[eval]' brings matplotlib", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cells fork
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the fork server imports from it
     cells = list(plan_cells(args, settings, source))
     failures: dict[tuple[str, float, str, str], str] = {}
     for cell in cells:

@@ -1,0 +1,131 @@
+"""eval/compare.py as its user runs it: tables, resuming, refusals, a cell that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.comparison import cell as cells
+from eval.comparison import plots, report
+from eval.comparison.overlap import check_apart
+from llm_vtrans.errors import UserError
+from tests.runs import SEQ_LEN, write_inputs
+from tests.tiny import VOCAB_SIZE
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = cells.SELECTION_WINDOWS + cells.CHOICE_WINDOWS
+
+
+def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.CompletedProcess[str]:
+    """Runs it on the inputs in `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [
+        *(sys.executable, "eval/compare.py", "--model", str(folder / "model")),
+        *("--data", str(folder / "text.txt"), "--texts", str(folder / text)),
+        *("--samples", str(SAMPLES), "--context-length", str(SEQ_LEN)),
+        *("--output", str(folder / "report"), *more),
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A tiny model, calibration text and another text."""
+    write_inputs(tmp_path, num_paragraphs=80)
+    draw = random.Random(1)
+    letters = [chr(33 + token) for token in range(1, VOCAB_SIZE - 2)]
+    (tmp_path / "other.txt").write_text("".join(draw.choices(letters, k=400)))
+    return tmp_path
+
+
+def test_table_resumes(inputs: Path) -> None:
+    given = ["--sparsity", "0.3", "0.9", "--methods", "wanda-sp", "slicegpt"]
+    given += ["--recover", "none", "least-squares"]
+    first = compare(inputs, *given)
+    assert first.returncode == 0, first.stderr
+    table = json.loads((inputs / "report" / "table.json").read_text())
+    rows = {(r["method"], r["sparsity"], r["recovery"]): r for r in table["rows"]}
+    assert len(rows) == 1 + 2 * (2 + 1)  # SliceGPT is no plain network: no recovery
+    metric = f"excess {inputs / 'other.txt'}"
+    plain, recovered = (rows["wanda-sp", 0.3, r]["figures"] for r in ("none", "least-squares"))
+    assert plain[metric] != recovered[metric] and plain["num_params"] == recovered["num_params"]
+    assert rows["wanda-sp", 0.9, "none"]["figures"] == {}
+    assert "unreachable" in rows["wanda-sp", 0.9, "none"]["note"]
+    assert first.stdout.strip() == (inputs / "report" / "table.md").read_text().strip()
+    if plots.is_available():
+        assert len(list((inputs / "report").glob("*.png"))) == 2  # perplexity and excess
+
+    # What is there stays as it is; what is missing comes back the same but for its cost.
+    files = sorted((inputs / "report" / "cells").iterdir())
+    lost = next(f for f in files if f.name.startswith("slicegpt-0.3"))
+    before, stamps = json.loads(lost.read_text()), {f: f.stat().st_mtime_ns for f in files}
+    lost.unlink()
+    second = compare(inputs, *given)
+    assert second.returncode == 0, second.stderr
+    assert "slicegpt 0.3 stock, seed 0" in second.stderr and "wanda-sp" not in second.stderr
+    after = json.loads(lost.read_text())
+    assert after["perplexity"] == before["perplexity"] and after["cell"] == before["cell"]
+    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items() if f != lost)
+
+
+def test_ours_is_the_product(inputs: Path) -> None:
+    """One training; the other budget comes from its masks, the perplexities from its exports."""
+    result = compare(inputs, "--sparsity", "0.5", "0.3", "--methods", "ours")
+    assert result.returncode == 0, result.stderr
+    (trained,) = (inputs / "report" / "ours").iterdir()
+    manifest = json.loads((trained / "vtrans.json").read_text())
+    rows = json.loads((inputs / "report" / "table.json").read_text())["rows"]
+    found = {row["sparsity"]: row["figures"]["num_params"]["mean"] for row in rows}
+    assert found[0.5] == manifest["params"]["after"]
+    assert 0.6 * found[0.0] < found[0.3] <= 0.7 * found[0.0]
+
+
+def test_overlap_is_refused(inputs: Path) -> None:
+    result = compare(inputs, "--methods", "magnitude", "--sparsity", "0.3", text="text.txt")
+    assert result.returncode == 2
+    assert "overlap" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("offset", [0, 3, 8])
+def test_overlap_is_found_at_any_offset(offset: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    stream = torch.randint(1000, (16 * 20 + offset,), generator=draw)
+    apart = torch.randint(1000, (5, 16), generator=draw)
+    evaluated = stream[offset:].view(20, 16)
+    check_apart("text", apart, "data", evaluated)
+    with pytest.raises(UserError, match="1 of 1"):
+        check_apart("text", evaluated[3:4], "data", stream[: 16 * 20].view(20, 16))
+
+
+def test_rows_by_hand() -> None:
+    """Two seeds of loss 2 and 4 over a dense loss of 1: mean 2, sample deviation sqrt 2."""
+
+    def record(method: str, seed: int, nll: float) -> dict[str, object]:
+        group = {"method": method, "sparsity": 0.5, "layout": "stock", "recovery": "none"}
+        return {
+            "cell": {**group, "seed": seed}, "status": "done", "tasks": {},
+            "perplexity": {"t": {"value": 2.718**nll, "nll": nll}},
+            "num_params": 10, "macs": 20, "seconds": 1.0, "peak_rss": 5,
+        }  # fmt: skip
+
+    records = [record("dense", 0, 1.0), record("a", 0, 2.0), record("a", 1, 4.0)]
+    failed = ("b", 0.5, "stock", "none")
+    rows = {r.method: r for r in report.make_rows(records, {failed: "was killed by signal 9"})}
+    excess = rows["a"].figures["excess t"]
+    assert excess.value == pytest.approx(2) and excess.spread == pytest.approx(2**0.5)
+    assert rows["dense"].figures["excess t"].value == 0
+    assert rows["b"].note == "was killed by signal 9" and not rows["b"].figures
+    assert "| 50% | b | stock | none | - | - |" in report.markdown(list(rows.values()), "")
