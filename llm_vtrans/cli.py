@@ -39,6 +39,12 @@ def _probe(arguments: list[str]) -> None:
     probe(arguments)
 
 
+def _convert(arguments: list[str]) -> None:
+    from llm_vtrans.convert.command import convert
+
+    convert(arguments)
+
+
 def _verify(arguments: list[str]) -> None:
     from llm_vtrans.verify import verify
 
@@ -57,6 +63,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "score": (_score, "perplexity and harness tasks, beside a dense baseline"),
     "report": (_report, "write the HTML report of a run, or several runs side by side"),
     "probe": (_probe, "what the dense model's heads look at, kept against pruned"),
+    "convert": (_convert, "write a checkpoint for another runtime (gguf: llama.cpp)"),
     "verify": (_verify, "check that a checkpoint holds what its manifest states"),
     "publish": (_publish, "upload a verified checkpoint with its card to the hub"),
 }

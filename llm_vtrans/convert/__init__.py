@@ -1,0 +1,1 @@
+"""CONVERT: pruned checkpoints in the formats of other runtimes."""
