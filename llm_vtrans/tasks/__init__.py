@@ -78,8 +78,11 @@ class Task:
         tensors = self.heldout.tensors
         if self.kind == "qa":
             return metrics.spans(logits, tensors["start_positions"], tensors["end_positions"])
-        score = metrics.regression if self.kind == "regression" else metrics.classification
-        return score(logits, tensors["labels"])
+        if self.kind == "regression":
+            return metrics.regression(logits, tensors["labels"])
+        if self.kind == "multiple-choice":
+            return {"accuracy": metrics.accuracy(logits, tensors["labels"])}
+        return metrics.classification(logits, tensors["labels"])
 
 
 def task_of(args: PruneArguments, head: str, num_labels: int) -> str:
@@ -124,7 +127,9 @@ def make_task(
     columns = SPAN_COLUMNS if kind == "qa" else source.columns()
     needed = columns if kind == "qa" else (*columns, source.label_field)
     rows = {split: read_split(source, split, needed) for split in (True, False)}
-    classes = _classes([row[source.label_field] for row in rows[True]], kind)
+    classes: list[Any] = [None]  # numbers, choices and spans have one output
+    if kind == "classification":
+        classes = sorted({row[source.label_field] for row in rows[True]})
 
     def encode(is_train: bool) -> Examples:
         if kind == "qa":
@@ -145,11 +150,6 @@ def make_task(
         f"{headline} over all {len(heldout)} validation examples of {args.data}",
         len(classes),
     )
-
-
-def _classes(labels: list[Any], kind: str) -> list[Any]:
-    """Classes in sorted order; numbers, choices and spans have one output."""
-    return sorted(set(labels)) if kind == "classification" else [None]
 
 
 def _order(num: int, num_samples: int, seed: int) -> Tensor:

@@ -135,7 +135,7 @@ def spans(rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Examples:
                 row["question"], row["context"], truncation="only_second", max_length=seq_len
             )
             last = start + len(answers["text"][0]) - 1
-            pair = (encoding.char_to_token(start, 1), encoding.char_to_token(last, 1))
+            pair = (encoding.char_to_token(0, start, 1), encoding.char_to_token(0, last, 1))
             tokens = pair if None not in pair else tokens
         assert bool(kept["attention_mask"][i, tokens[1]])
         ends.append(tokens)

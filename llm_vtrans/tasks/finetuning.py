@@ -92,7 +92,7 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.is_main_process and step % max(1, num_steps // 20) == 0:
-            print(f"finetune {step:>5}/{num_steps}  loss {float(loss):.4f}", flush=True)
+            print(f"finetune {step:>5}/{num_steps}  loss {loss.item():.4f}", flush=True)
     plain = accelerator.unwrap_model(model).eval()
     scores = task.evaluate(plain, args.batch_size)
     if accelerator.is_main_process:

@@ -18,10 +18,15 @@ def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
         labels: `(num,)`.
     """
     predicted = logits.argmax(-1)
-    scores = {"accuracy": float((predicted == labels).double().mean())}
+    scores = {"accuracy": accuracy(logits, labels)}
     if logits.shape[-1] == 2:
         scores |= {"f1": f1(predicted, labels), "matthews": pearson(predicted, labels)}
     return scores
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return float((logits.argmax(-1) == labels).double().mean())
 
 
 def f1(predicted: Tensor, labels: Tensor) -> float:

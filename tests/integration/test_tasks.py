@@ -1,0 +1,133 @@
+"""The main job on every task: a pretrained tiny encoder becomes a pruned task model."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from llm_vtrans.errors import UserError
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.prune import prune
+from llm_vtrans.tasks import HEADS
+from tests.tiny import VOCAB_SIZE, save_tiny
+
+WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 5)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny masked language model with a tokenizer of whole words."""
+    folder = save_tiny("bert-mlm", tmp_path_factory.mktemp("encoder"))
+    vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def rows(kind: str, num: int, seed: int) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(WORDS, k=length))
+
+    def row() -> dict[str, Any]:
+        if kind == "qa":
+            words = draw.choices(WORDS, k=8)
+            at = draw.randrange(8)
+            answers = {"text": [words[at]], "answer_start": [len(" ".join([*words[:at], ""]))]}
+            return {"question": text(3), "context": " ".join(words), "answers": answers}
+        if kind == "multiple-choice":
+            return {"start": text(4), "a": text(2), "b": text(3), "label": draw.randrange(2)}
+        label = draw.random() if kind == "regression" else draw.choice(["no", "yes"])
+        return {"sentence": text(draw.randint(2, 10)), "label": label}
+
+    return [row() for _ in range(num)]
+
+
+def write(folder: Path, kind: str) -> Path:
+    for seed, (name, num) in enumerate((("train", 40), ("validation", 12))):
+        lines = (json.dumps(row) for row in rows(kind, num, seed))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+@pytest.mark.parametrize("layout", ["stock", "per-layer"])
+@pytest.mark.parametrize(
+    ("kind", "columns", "scores"),
+    [
+        ("classification", "sentence", {"accuracy", "f1", "matthews"}),
+        ("regression", "sentence", {"spearman", "pearson"}),
+        ("multiple-choice", "start,a,b", {"accuracy"}),
+        ("qa", "", {"f1", "exact_match"}),
+    ],
+)
+def test_labelled_task(
+    tmp_path: Path, encoder: Path, kind: str, columns: str, scores: set[str], layout: str
+) -> None:
+    data = write(tmp_path, kind)
+    arguments = [
+        *("--model", str(encoder), "--task", kind, "--data", str(data), "--layout", layout),
+        *("--finetune-first", "true", "--finetune-epochs", "1", "--seq-len", "24"),
+        *("--samples", "16", "--batch-size", "4", "--sparsity", "0.4"),
+        *("--output", str(tmp_path / "out"), *(["--text-field", columns] if columns else [])),
+    ]
+    prune(arguments)
+    manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
+    for stage in ("dense", "pruned"):
+        assert set(manifest["scores"][stage]) == scores
+    assert manifest["score"]["masked"] == pytest.approx(manifest["score"]["pruned"], abs=1e-3)
+    auto = getattr(transformers, AUTO_CLASSES[HEADS[kind]])
+    model = auto.from_pretrained(tmp_path / "out").eval()
+    shape = (1, 2, 9) if kind == "multiple-choice" else (2, 9)
+    tokens = torch.randint(5, VOCAB_SIZE, shape)
+    assert all(bool(x.isfinite().all()) for x in model(tokens).values())
+    assert model.num_parameters() <= 0.6 * manifest["params"]["before"]
+
+
+def test_masked_language_model(tmp_path: Path, encoder: Path) -> None:
+    text = "\n\n".join(row["sentence"] for row in rows("", 400, 0))
+    (tmp_path / "text.txt").write_text(text)
+    prune(
+        [
+            *("--model", str(encoder), "--data", str(tmp_path / "text.txt"), "--seq-len", "16"),
+            *("--samples", "32", "--batch-size", "4", "--sparsity", "0.3"),
+            *("--output", str(tmp_path / "out")),
+        ]
+    )
+    manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
+    score = manifest["score"]
+    assert manifest["headline"] == "pseudo_perplexity" and score["pruned"] > 1
+    assert score["masked"] == pytest.approx(score["pruned"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--task", "qa"], "--finetune-first"),
+        (["--finetune-first", "true"], "needs --task"),
+        (["--task", "classification", "--finetune-first", "true"], "--text-field"),
+        (
+            ["--task", "classification", "--finetune-first", "true", "--text-field", "words"],
+            "no column 'words'",
+        ),
+    ],
+)
+def test_told_in_one_line(tmp_path: Path, encoder: Path, more: list[str], message: str) -> None:
+    data = write(tmp_path, "classification")
+    with pytest.raises(UserError, match=message):
+        prune(
+            ["--model", str(encoder), "--data", str(data), "--output", str(tmp_path / "o"), *more]
+        )
