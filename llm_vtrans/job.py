@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
+from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
+from llm_vtrans.candidates import choose
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
@@ -67,17 +68,19 @@ from llm_vtrans.search import (
 )
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
-from llm_vtrans.training import Objective, TrainingSettings, train
+from llm_vtrans.training import Objective, TrainingSettings, distillation_loss, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
-    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "kept", "phases",
+    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
+    "phases",
 )  # fmt: skip
 TUNING = "tuning."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
+CHOICE_EXAMPLES = 16  # plans differ by far more than the noise of as many
 
 
 @dataclass
@@ -210,7 +213,10 @@ class Job:
         if self.architecture.couples_heads:
             with self.reporter.phase("heads"):
                 self.head_basis = balanced_basis(
-                    model, self.architecture, self._first_batches(), lambda b: model(**b)
+                    model,
+                    self.architecture,
+                    self._first_batches(ROTATION_WINDOWS),
+                    lambda b: model(**b),
                 )
                 self.problem = replace(self.problem, head_retention=self.head_basis.retained)
         if self.uses_rotation:
@@ -272,14 +278,17 @@ class Job:
             untie_head(model)
         if basis is None:
             basis = principal_basis(
-                model, self.architecture, self._first_batches(), lambda b: model(**b)
+                model,
+                self.architecture,
+                self._first_batches(ROTATION_WINDOWS),
+                lambda b: model(**b),
             )
         self.rotation = basis
         rotate_model(model, self.architecture, basis)
 
-    def _first_batches(self) -> list[Batch]:
-        """Inputs from the training data, the same on every rank, for second moments."""
-        first = self.data.train.take(torch.arange(min(ROTATION_WINDOWS, len(self.data.train))))
+    def _first_batches(self, num: int) -> list[Batch]:
+        """Inputs from the first training examples, the same on every rank."""
+        first = self.data.train.take(torch.arange(min(num, len(self.data.train))))
         batches = first.batches(self.args.batch_size, self.accelerator.device)
         return [inputs_of(batch) for batch in batches]
 
@@ -319,15 +328,29 @@ class Job:
         tuning = {TUNING + name: t.clone() for name, t in self.tuning.state_dict().items()}
         self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
-            self.plan = self._allocate(self.problem)
+            self.plan = self._choose(self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = self._allocate(other)
+                plan = self._choose(other)
                 self.perplexity["other_layout"] = self._masked_perplexity(plan)
 
-    def _allocate(self, problem: Problem) -> PrunePlan:
-        return replace(allocate(self.masks, problem), basis=self.head_basis)
+    def _choose(self, problem: Problem) -> PrunePlan:
+        """The candidate of least distillation loss on a few training batches."""
+        batches = self._first_batches(CHOICE_EXAMPLES)
+        self.masked.set_gates(None)
+        with torch.no_grad():
+            teachers = [self.masked(batch) for batch in batches]
+
+        @torch.no_grad()
+        def loss(plan: PrunePlan) -> float:
+            self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
+            pairs = zip(batches, teachers, strict=True)
+            return sum(float(distillation_loss(self.masked(b), t)) for b, t in pairs)
+
+        plan, _ = choose(self.masks, problem, loss)
+        self.masked.set_gates(None)
+        return replace(plan, basis=self.head_basis)
 
     def tune(self) -> None:
         """Trains maps and factors for the units that stay."""
@@ -420,7 +443,7 @@ class Job:
         manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
-        self.result = {key: manifest[key] for key in RESULT_KEYS}
+        self.result = {key: manifest[key] for key in RESULT_KEYS if key in manifest}
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
         write_run_report(folder, self.output.path.name)
 
