@@ -78,7 +78,6 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
     "phases",
 )  # fmt: skip
-TUNING = "tuning."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 16  # plans differ by far more than the noise of as many
 
@@ -120,7 +119,6 @@ class Job:
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
     is_searched: bool = field(init=False)
-    found: dict[str, Tensor] = field(default_factory=dict)
     plan: PrunePlan = field(init=False)
 
     @classmethod
@@ -231,9 +229,6 @@ class Job:
         self.is_searched = any(name.startswith("mu.") for name in known)
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
-            self.tuning.load_state_dict(
-                {n[7:]: t for n, t in known.items() if n.startswith("tuning.")}
-            )
         if self.accelerator.is_main_process:
             self._open_state_folder()
 
@@ -325,8 +320,6 @@ class Job:
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
-        tuning = {TUNING + name: t.clone() for name, t in self.tuning.state_dict().items()}
-        self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
             self.plan = self._choose(self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
@@ -359,7 +352,7 @@ class Job:
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
         objective = TuneObjective(self.masked, self._hard_gates(self.plan), sparsity, self.settings)
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._rotation(), **self.found})
+            self._train(objective, {**self._rotation(), **self.masks.state_dict()})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
     def _rotation(self) -> dict[str, Tensor]:
@@ -426,7 +419,7 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                {**self.found, **plan_tensors(self.plan, self.rotation, self.tuning)},
+                self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
                 self.source.checkpoint.sha256(),
             )
         with self.reporter.phase("score"):

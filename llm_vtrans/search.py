@@ -23,11 +23,8 @@ MULTIPLIER_LEARNING_RATE = 0.1
 class SearchObjective(Objective):
     """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
-    The tuning is trained with the masks, so that a unit is judged by what it adds to a
-    network that has adapted.
-
     Args:
-        masked: frozen model with gates and tuning.
+        masked: frozen model with gates.
         masks: the trained gates.
         limits: budgets; the one that is furthest from its target drives the masks.
         settings: of the loop.
@@ -43,6 +40,7 @@ class SearchObjective(Objective):
         super().__init__()
         self.masked, self.masks = masked, masks
         self.limits, self.settings = limits, settings
+        masked.tuning.requires_grad_(False)  # its stage comes later
         self.lagrangian = Lagrangian()
         self.stage = range(settings.search_steps)
         self._starts = self._initial_sparsity().tolist()
@@ -118,20 +116,18 @@ class SearchObjective(Objective):
         return self.expected_sparsity(keep)
 
     def optimizer(self) -> torch.optim.Adam:
-        """Adam that minimises over masks and tuning and maximises over the multipliers."""
+        """Adam that minimises over the masks and maximises over the multipliers."""
         multipliers = {
             "params": list(self.lagrangian.parameters()),
             "lr": MULTIPLIER_LEARNING_RATE,
             "maximize": True,
         }
-        masks = {"params": list(self.masks.parameters()), "peak": self.settings.learning_rate}
-        return torch.optim.Adam([multipliers, masks, *self.masked.tuning.parameter_groups()])
+        masks = {"params": list(self.masks.parameters()), "lr": self.settings.learning_rate}
+        return torch.optim.Adam([multipliers, masks])
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Lets all rates decay linearly to zero but that of the multipliers."""
-        for group in optimizer.param_groups:
-            if "peak" in group:
-                group["lr"] = group["peak"] * (1 - self.progress(step))
+        """Lets the masks' rate decay linearly to zero; the multipliers keep theirs."""
+        optimizer.param_groups[1]["lr"] = self.settings.learning_rate * (1 - self.progress(step))
 
 
 def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

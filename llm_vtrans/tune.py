@@ -33,6 +33,8 @@ class TuneObjective(Objective):
     ):
         super().__init__()
         self.masked, self.hard, self.sparsity = masked, hard, sparsity
+        masked.tuning.requires_grad_(True)
+        masked.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
 
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
