@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
+STEP_TOKENS, NUM_STEPS = 2048, 300  # per rank and micro-batch; in all
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -74,7 +75,9 @@ class PruneArguments:
         "Multiply-accumulates of one sequence of --seq-len tokens to keep at most: a share of the "
         "dense model's below 1, or a number such as 1.2T. With --sparsity or --params both hold.",
     )
-    samples: int = _option(2400, "Calibration sequences to train on.")
+    samples: int = _option(
+        0, "Calibration sequences to train on. 0, the default: enough for 300 optimizer steps."
+    )
     tune_share: float = _option(
         0.5,
         "Share of the samples that is used after the units are picked, to tune the stream's basis "
@@ -83,7 +86,9 @@ class PruneArguments:
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
-    batch_size: int = _option(8, "Sequences per rank and micro-batch.")
+    batch_size: int = _option(
+        0, "Sequences per rank and micro-batch. 0, the default: as many as make up 2,048 tokens."
+    )
     gradient_accumulation: int = _option(1, "Micro-batches per optimizer step.")
     seed: int = _option(0, "Seed of masks, noise and data order.")
     learning_rate: float = _option(0.1, "Learning rate of the masks, decaying linearly to zero.")
@@ -135,7 +140,9 @@ class PruneArguments:
                 f"--sparsity must be in (0, 1), got {self.sparsity}: it is the share of all "
                 "parameters that is removed, so 0.3 keeps 70%"
             )
-        for name in ("samples", "batch_size", "gradient_accumulation", "save_every", "log_every"):
+        for name in ("samples", "batch_size"):
+            self._at_least(name, 0)
+        for name in ("gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
         self._at_least("seed", 0)
         if self.seed >= 2**32:
@@ -150,7 +157,7 @@ class PruneArguments:
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.kl_weight < float("inf"):
             raise UserError(f"--kl-weight must not be negative, got {self.kl_weight}")
-        if self.samples < self.global_batch(1):
+        if self.samples and self.batch_size and self.samples < self.global_batch(1):
             raise UserError(
                 f"--samples {self.samples} does not fill one step of --batch-size "
                 f"{self.batch_size} x --gradient-accumulation {self.gradient_accumulation}"
@@ -165,8 +172,18 @@ class PruneArguments:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
 
+    def filled(self, seq_len: int, num_ranks: int) -> PruneArguments:
+        """These options with the defaults that depend on the model and the launch.
+
+        Args:
+            seq_len: tokens in a sequence.
+            num_ranks: processes of the launch.
+        """
+        args = replace(self, batch_size=self.batch_size or max(1, STEP_TOKENS // seq_len))
+        return replace(args, samples=args.samples or NUM_STEPS * args.global_batch(num_ranks))
+
     def global_batch(self, num_ranks: int) -> int:
-        """Sequences per optimizer step over all ranks."""
+        """Sequences per optimizer step over all ranks, once `filled`."""
         return self.batch_size * self.gradient_accumulation * num_ranks
 
     def structures(self) -> tuple[str, ...]:
