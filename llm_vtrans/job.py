@@ -79,7 +79,7 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "phases",
 )  # fmt: skip
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
-CHOICE_EXAMPLES = 16  # plans differ by far more than the noise of as many
+CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
 
 
 @dataclass
