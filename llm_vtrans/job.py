@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +24,8 @@ from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.dense_teacher import DenseTeacher
+from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
@@ -50,6 +54,7 @@ from llm_vtrans.planning import (
     window_length,
 )
 from llm_vtrans.report.build import write_run_report
+from llm_vtrans.report.record import RunRecord
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -67,6 +72,7 @@ from llm_vtrans.search import (
 )
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.trained_weights import BYTES_PER_PARAMETER, FOLDER, stored_weights, train_weights
 from llm_vtrans.training import Objective, TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
@@ -74,9 +80,12 @@ from llm_vtrans.verification import sha256_of, windows_sha256
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
 RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
-    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "kept", "phases",
+    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
+    "phases",
 )  # fmt: skip
 TUNING = "tuning."  # prefix of tensors on disk
+SCORE = "score."  # of scores that a resumed run cannot measure again
+METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 
 
@@ -116,6 +125,7 @@ class Job:
     masked: MaskedModel = field(init=False)
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
+    distillation: Distillation = field(init=False)
     is_searched: bool = field(init=False)
     found: dict[str, Tensor] = field(default_factory=dict)
     plan: PrunePlan = field(init=False)
@@ -139,7 +149,8 @@ class Job:
         source = open_source(args.model, args.revision)
         problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
-        output.require_space(2 * source.checkpoint.num_bytes)
+        trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
+        output.require_space(2 * source.checkpoint.num_bytes + trained)
         seq_len = window_length(args, source)
         with reporter.phase("calibration"):
             data = task_data(args, source, seq_len)
@@ -180,10 +191,10 @@ class Job:
             f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
-            f"{self.settings.num_steps} steps of {args.global_batch(self._num_ranks)} x "
-            f"{self.seq_len} tokens of {args.data} on {self._num_ranks} rank(s), "
-            f"{self.accelerator.device.type}, {dtype_name(self._dtype)}\n"
-            f"result in {args.output_folder()}"
+            f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
+            f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
+            f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
+            f"{dtype_name(self._dtype)}\nresult in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
             plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
@@ -204,7 +215,8 @@ class Job:
         """Loads and rotates the model, hooks tuning and masks onto it."""
         known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
         with self.reporter.phase("load"):
-            model = load_model(self.source, self._dtype, self.accelerator.device)
+            dtype = torch.float32 if self.args.trains_weights else self._dtype
+            model = load_model(self.source, dtype, self.accelerator.device)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
@@ -218,7 +230,9 @@ class Job:
                 self._rotate(model, known.get("rotation"))
         device = self.accelerator.device
         self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
+        teacher = copy.deepcopy(model) if self.args.trains_weights else None
         self.masked = MaskedModel(model, self.architecture, self.tuning)
+        self.distillation = self._distillation(teacher)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
         self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
@@ -228,14 +242,33 @@ class Job:
             self.tuning.load_state_dict(
                 {n[7:]: t for n, t in known.items() if n.startswith("tuning.")}
             )
+        self.perplexity |= {n[6:]: t.item() for n, t in known.items() if n.startswith(SCORE)}
         if self.accelerator.is_main_process:
             self._open_state_folder()
+
+    def _distillation(self, teacher: nn.Module | None) -> Distillation:
+        """Masked model with its teacher, which is itself if its weights stay frozen."""
+        if teacher is None:
+            return SelfDistillation(self.masked)
+        args = self.args
+        train_weights(self.masked.model, self.architecture, self.uses_rotation)
+        return DenseTeacher(
+            self.masked, teacher.to(self._dtype), args.weight_learning_rate, args.temperature,
+            self._dtype,
+        )  # fmt: skip
 
     def _trained_masks(self) -> dict[str, Tensor]:
         """Tensors of the earlier run that `--masks` names, or none."""
         if self.args.masks is None:
             return {}
-        trained = read_masks(Path(self.args.masks), self.source.checkpoint.sha256())
+        folder = Path(self.args.masks)
+        trained = read_masks(folder, self.source.checkpoint.sha256())
+        variant = RunRecord.read(folder).manifest["settings"].get("variant", "faster")
+        if variant != "faster":
+            raise UserError(
+                f"--masks {folder}: its weights were trained with the masks (--variant {variant}) "
+                "and only the kept ones were written; prune anew for another budget"
+            )
         structures = {n[3:] for n in trained if n.startswith("mu.")}
         if structures != set(self.args.structures()):
             raise UserError(
@@ -262,6 +295,7 @@ class Job:
         """Removes the state, and what a kill left of one that was being written."""
         state = self.output.path / STATE_FILE
         halves = state.parent.glob(f".{state.name}.partial-*")
+        shutil.rmtree(state.parent / FOLDER, ignore_errors=True)
         for path in (state, state.with_name(METRICS_FILE), *halves):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # something else lies there: it is not ours to delete
@@ -310,7 +344,9 @@ class Job:
         """Trains the masks, unless an earlier run did."""
         if self.is_searched:
             return
-        objective = SearchObjective(self.masked, self.masks, self.problem.limits, self.settings)
+        objective = SearchObjective(
+            self.distillation, self.masks, self.problem.limits, self.settings
+        )
         with self.reporter.phase("search"):
             self._train(objective, self._rotation())
 
@@ -320,6 +356,8 @@ class Job:
         self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
             self.plan = self._allocate(self.problem)
+            if "hardened" in self.perplexity:  # known: the run was resumed in a later stage
+                return
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
@@ -330,13 +368,19 @@ class Job:
         return replace(allocate(self.masks, problem), basis=self.head_basis)
 
     def tune(self) -> None:
-        """Trains maps and factors for the units that stay."""
+        """Trains the network for the units that stay."""
         if not self.settings.tune_steps:
             return
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
-        objective = TuneObjective(self.masked, self._hard_gates(self.plan), sparsity, self.settings)
+        objective = TuneObjective(
+            self.distillation, self._hard_gates(self.plan), sparsity, self.settings
+        )
+        scores = {
+            SCORE + name: torch.tensor(value, dtype=torch.float64)
+            for name, value in self.perplexity.items()
+        }
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._rotation(), **self.found})
+            self._train(objective, {**self._rotation(), **self.found, **scores})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
     def _rotation(self) -> dict[str, Tensor]:
@@ -391,12 +435,7 @@ class Job:
 
     def _write(self, folder: Path) -> None:
         args = self.args
-        dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-        pruning = Pruning(
-            self.source.checkpoint, self.architecture, self.plan,
-            self.tuning.basis(self.rotation), dtype, self.tuning.factors(),
-        )  # fmt: skip
-        with self.reporter.phase("export"):
+        with self.reporter.phase("export"), self._pruning() as pruning:
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),
@@ -420,9 +459,26 @@ class Job:
         manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
-        self.result = {key: manifest[key] for key in RESULT_KEYS}
+        self.result = {key: manifest[key] for key in RESULT_KEYS if key in manifest}
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
         write_run_report(folder, self.output.path.name)
+
+    @contextmanager
+    def _pruning(self) -> Iterator[Pruning]:
+        """The plan bound to the weights it prunes, frozen or trained."""
+        dtype = None if self.args.export_dtype == "auto" else getattr(torch, self.args.export_dtype)
+        dense, architecture, rotation = self.source.checkpoint, self.architecture, self.rotation
+        factors = self.tuning.factors()
+        if not self.args.trains_weights:
+            basis = self.tuning.basis(rotation)
+            yield Pruning(dense, architecture, self.plan, basis, dtype, factors)
+            return
+        # Trained weights are stored rotated and in float32.
+        basis = self.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
+        dtype = dtype or dense.tensors[architecture.embedding.name].dtype
+        folder, size = self.output.path / STATE_FOLDER, self.args.shard_bytes()
+        with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
+            yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         shape = self.plan.shape
@@ -438,7 +494,7 @@ class Job:
             for limit in self.problem.limits
         ]
         return {
-            "method": "faster-vtrans",
+            "method": METHODS[self.args.variant],
             "source": {
                 "name": self.args.model,
                 "revision": self.args.revision,
