@@ -56,6 +56,9 @@ class Bench:
         limits = (Limit(cost, Budget("params", dense // 2, dense)),)
         self.objective = SearchObjective(student, masks, limits, settings).to(self.device)
         ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
+        half = ones["hidden"].clone()
+        half[::2] = 0  # as a plan of half the size has it
+        ones["hidden"] = half
         self.tune_objective = TuneObjective(student, ones, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
@@ -89,10 +92,12 @@ class Bench:
 
     def search_step(self) -> Tensor:
         """A whole step of the mask search."""
+        self.tune_objective.masked.tuning.is_on = False
         return self._step(self.objective, self.optimizer, 0)
 
     def tune_step(self) -> Tensor:
         """A whole step of the tuning that follows."""
+        self.tune_objective.masked.tuning.is_on = True
         return self._step(self.tune_objective, self.tune_optimizer, 1)
 
     def _step(self, objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> Tensor:

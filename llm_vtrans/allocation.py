@@ -54,11 +54,16 @@ class PrunePlan:
             self.head_dim,
         )
 
+    @property
+    def present(self) -> Tensor:
+        """Which sub-layers stay, `(L, 2)` bool."""
+        return torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)
+
     def hard(self) -> dict[str, Tensor]:
         """Gate values with pruned units at zero: what the masked model multiplies by."""
         hard = {name: self.gate[name] * self.keep[name] for name in self.keep}
         # A removed sub-layer may have a bias, which no unit gate reaches.
-        present = torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)
+        present = self.present
         if self.head_dim is not None and self.basis is not None:
             projectors = self.basis.projectors(self.head_dim)
             hard |= {PROJECTORS[role]: maps for role, maps in projectors.items()}
@@ -83,6 +88,7 @@ class Problem:
         also: further limits, each of which must hold.
         head_retention: `(head_dim,)`, what a head is still worth with its first i + 1
             dimensions, for layouts that prune inside heads; None counts them alike.
+        hidden_size: the only one allowed; None leaves it open.
     """
 
     architecture: Architecture
@@ -92,6 +98,7 @@ class Problem:
     is_uniform: bool
     also: tuple[Limit, ...] = ()
     head_retention: Tensor | None = None
+    hidden_size: int | None = None
 
     @property
     def limits(self) -> tuple[Limit, ...]:
@@ -132,6 +139,8 @@ class Problem:
         units = self.architecture.num_units[axis]
         if not is_pruned:
             return [units]
+        if axis is Axis.HIDDEN and self.hidden_size is not None:
+            return [self.hidden_size]
         step = self.multiple(axis)
         return sorted({*range(step, units, step), units})
 
@@ -160,13 +169,17 @@ def allocate(masks: VIBMasks, problem: Problem) -> PrunePlan:
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    with torch.no_grad():
-        scores = {
-            name: keep_probability(alpha.double().cpu(), 1.0)
-            for name, alpha in masks.log_alpha().items()
-        }
-        gate = {name: masks.mu[name].detach().float().cpu() for name in masks.names()}
-    return allocate_scores(scores, gate, problem)
+    return allocate_scores(*scores_and_gates(masks), problem)
+
+
+@torch.no_grad()
+def scores_and_gates(masks: VIBMasks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Keep probability, float64, and `mu`, float32, of every unit, on the CPU."""
+    scores = {
+        name: keep_probability(alpha.double().cpu(), 1.0)
+        for name, alpha in masks.log_alpha().items()
+    }
+    return scores, {name: masks.mu[name].detach().float().cpu() for name in masks.names()}
 
 
 def allocate_scores(
@@ -210,6 +223,10 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
         for i in torch.nonzero(possible).flatten()[:1].tolist():
             width = None if head_dim is None else int(head_dim[i])
             shapes.append(_uniform_shape(int(hidden[i]), heads, ffn, kept, width))
+    if not shapes:
+        raise UserError(
+            f"hidden_size {problem.hidden_size}: no number of heads divides it in this family"
+        )
     for limit in problem.limits:
         budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)
         if least > budget.target:

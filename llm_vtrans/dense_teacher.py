@@ -50,6 +50,11 @@ class DenseTeacher(Distillation):
         has_inner = masked.architecture.num_layers > 1
         self.map = nn.Parameter(torch.eye(size), requires_grad=has_inner)
 
+    @torch.no_grad()
+    def teach(self, inputs: Batch) -> Tensor:
+        """Logits of the dense model."""
+        return logits_of(self.teacher(**inputs, use_cache=False))
+
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
         """Terms of one micro-batch: `distillation` and `hidden`, and with labels `task`."""
         asked = {"use_cache": False, "output_hidden_states": True}
@@ -101,12 +106,10 @@ class DenseTeacher(Distillation):
         return error.mean() if is_token is None else (error * is_token).sum() / is_token.sum()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The tuning, the layers' map and the weights, of which only these decay."""
+        """Weights, which decay, and the layers' map."""
         weights = [p for p in self.masked.model.parameters() if p.requires_grad]
-        groups = [
-            *super().parameter_groups(),
-            {"params": weights, "peak": self.learning_rate, "weight_decay": WEIGHT_DECAY},
-        ]
+        rate = self.learning_rate
+        groups = [{"params": weights, "peak": rate, "weight_decay": WEIGHT_DECAY}]
         if self.map.requires_grad:
             groups.append({"params": [self.map], "peak": MAP_LEARNING_RATE / len(self.map)})
         return groups

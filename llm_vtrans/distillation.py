@@ -26,20 +26,29 @@ class Distillation(nn.Module):
         super().__init__()
         self.masked = masked
 
+    def teach(self, inputs: Batch) -> Tensor:
+        """The teacher's logits, which carry no gradient."""
+        raise NotImplementedError
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained in the student beside its gates, as `Tuning.parameter_groups`."""
-        return self.masked.tuning.parameter_groups()
+        """What both stages train, as `Tuning.parameter_groups`."""
+        return []
 
 
 class SelfDistillation(Distillation):
     """The weights are frozen, so the teacher is the same network with masks and tuning off."""
 
+    @torch.no_grad()
+    def teach(self, inputs: Batch) -> Tensor:
+        """Logits without gates, which are off then."""
+        self.masked.set_gates(None)
+        logits: Tensor = self.masked(inputs)
+        return logits
+
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
         """Terms of one micro-batch; labels are not used."""
         inputs = inputs_of(batch)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teacher = self.masked(inputs)
+        teacher = self.teach(inputs)
         self.masked.set_gates(gates)
         loss = distillation_loss(self.masked(inputs), teacher)
         return {"loss": loss, "distillation": loss}

@@ -37,11 +37,11 @@ def export(arguments: list[str]) -> None:
 def flags_of(run: Path) -> Sequence[str]:
     """The settings of a run as flags, with its masks in place of training."""
     settings = RunRecord.read(run).manifest["settings"]
-    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "steps"}
+    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "steps", "tune_share"}
     flags = [
         flag
         for name, value in settings.items()
         if name not in left_out and value is not None
         for flag in (f"--{name}", str(value))
     ]
-    return [*flags, "--masks", str(run)]
+    return [*flags, "--masks", str(run), "--tune_share", "0"]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
+from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
+from llm_vtrans.candidates import candidates, choose
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
@@ -73,7 +74,7 @@ from llm_vtrans.search import (
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.trained_weights import BYTES_PER_PARAMETER, FOLDER, stored_weights, train_weights
-from llm_vtrans.training import Objective, TrainingSettings, train
+from llm_vtrans.training import Objective, TrainingSettings, distillation_loss, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.verification import sha256_of, windows_sha256
@@ -83,10 +84,10 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
     "phases",
 )  # fmt: skip
-TUNING = "tuning."  # prefix of tensors on disk
-SCORE = "score."  # of scores that a resumed run cannot measure again
+KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
 METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
+CHOICE_EXAMPLES = 16  # plans differ by far more than the noise of as many
 
 
 @dataclass
@@ -127,7 +128,6 @@ class Job:
     tuning: Tuning = field(init=False)
     distillation: Distillation = field(init=False)
     is_searched: bool = field(init=False)
-    found: dict[str, Tensor] = field(default_factory=dict)
     plan: PrunePlan = field(init=False)
 
     @classmethod
@@ -222,7 +222,10 @@ class Job:
         if self.architecture.couples_heads:
             with self.reporter.phase("heads"):
                 self.head_basis = balanced_basis(
-                    model, self.architecture, self._first_batches(), lambda b: model(**b)
+                    model,
+                    self.architecture,
+                    self._first_batches(ROTATION_WINDOWS),
+                    lambda b: model(**b),
                 )
                 self.problem = replace(self.problem, head_retention=self.head_basis.retained)
         if self.uses_rotation:
@@ -239,10 +242,6 @@ class Job:
         self.is_searched = any(name.startswith("mu.") for name in known)
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
-            self.tuning.load_state_dict(
-                {n[7:]: t for n, t in known.items() if n.startswith("tuning.")}
-            )
-        self.perplexity |= {n[6:]: t.item() for n, t in known.items() if n.startswith(SCORE)}
         if self.accelerator.is_main_process:
             self._open_state_folder()
 
@@ -306,14 +305,17 @@ class Job:
             untie_head(model)
         if basis is None:
             basis = principal_basis(
-                model, self.architecture, self._first_batches(), lambda b: model(**b)
+                model,
+                self.architecture,
+                self._first_batches(ROTATION_WINDOWS),
+                lambda b: model(**b),
             )
         self.rotation = basis
         rotate_model(model, self.architecture, basis)
 
-    def _first_batches(self) -> list[Batch]:
-        """Inputs from the training data, the same on every rank, for second moments."""
-        first = self.data.train.take(torch.arange(min(ROTATION_WINDOWS, len(self.data.train))))
+    def _first_batches(self, num: int) -> list[Batch]:
+        """Inputs from the first training examples, the same on every rank."""
+        first = self.data.train.take(torch.arange(min(num, len(self.data.train))))
         batches = first.batches(self.args.batch_size, self.accelerator.device)
         return [inputs_of(batch) for batch in batches]
 
@@ -352,20 +354,51 @@ class Job:
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
-        tuning = {TUNING + name: t.clone() for name, t in self.tuning.state_dict().items()}
-        self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
-            self.plan = self._allocate(self.problem)
-            if "hardened" in self.perplexity:  # known: the run was resumed in a later stage
+            if self.saved is not None:
+                self._recall(extra_tensors(self.saved[1]))
                 return
+            self.plan = self._choose(self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = self._allocate(other)
+                plan = self._choose(other)
                 self.perplexity["other_layout"] = self._masked_perplexity(plan)
 
-    def _allocate(self, problem: Problem) -> PrunePlan:
-        return replace(allocate(self.masks, problem), basis=self.head_basis)
+    def _choose(self, problem: Problem) -> PrunePlan:
+        """The candidate of least distillation loss on a few training batches."""
+        batches = self._first_batches(CHOICE_EXAMPLES)
+        teachers = [self.distillation.teach(batch) for batch in batches]
+
+        @torch.no_grad()
+        def loss(plan: PrunePlan) -> float:
+            self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
+            pairs = zip(batches, teachers, strict=True)
+            return sum(float(distillation_loss(self.masked(b), t)) for b, t in pairs)
+
+        plan, _ = choose(self.masks, problem, loss)
+        self.masked.set_gates(None)
+        return replace(plan, basis=self.head_basis)
+
+    def _found(self) -> dict[str, Tensor]:
+        """What a run that is resumed in the last stage must know of those before.
+
+        The network has changed by then, so it can neither choose nor measure again.
+        """
+        keep = {KEEP + name: keep.to(torch.uint8) for name, keep in self.plan.keep.items()}
+        scores = {
+            SCORE + n: torch.tensor(x, dtype=torch.float64) for n, x in self.perplexity.items()
+        }
+        return {**self.masks.state_dict(), **keep, **scores}
+
+    def _recall(self, found: dict[str, Tensor]) -> None:
+        """Takes plan and scores from a saved state."""
+        for plan in candidates(self.masks, self.problem):
+            if all(kept.equal(found[KEEP + name].bool()) for name, kept in plan.keep.items()):
+                self.plan = replace(plan, basis=self.head_basis)
+        self.perplexity = {
+            n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
+        }
 
     def tune(self) -> None:
         """Trains the network for the units that stay."""
@@ -375,12 +408,8 @@ class Job:
         objective = TuneObjective(
             self.distillation, self._hard_gates(self.plan), sparsity, self.settings
         )
-        scores = {
-            SCORE + name: torch.tensor(value, dtype=torch.float64)
-            for name, value in self.perplexity.items()
-        }
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._rotation(), **self.found, **scores})
+            self._train(objective, {**self._rotation(), **self._found()})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
     def _rotation(self) -> dict[str, Tensor]:
@@ -442,7 +471,7 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                {**self.found, **plan_tensors(self.plan, self.rotation, self.tuning)},
+                self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
                 self.source.checkpoint.sha256(),
             )
         with self.reporter.phase("score"):

@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
 # A wheel carries the task files inside the package; a checkout has them in eval/.
-TASKS_DIR = next(
-    (folder for folder in (PACKAGE / "tasks", CHECKOUT / "eval" / "tasks") if folder.is_dir()),
-    PACKAGE / "tasks",
-)
+TASKS_DIR = CHECKOUT / "eval" / "tasks"
+if (PACKAGE / "harness_tasks").is_dir():
+    TASKS_DIR = PACKAGE / "harness_tasks"
 # The task files name their data relative to a checkout with shared/ beside it.
 DATA_DIR = (
     Path("../shared/data") if TASKS_DIR.parent == PACKAGE else CHECKOUT.parent / "shared/data"

@@ -25,9 +25,6 @@ CUBIC_SHARE = 0.5  # of the steps: then the masks settle at the budget
 class SearchObjective(Objective):
     """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
-    What the student has to adapt is trained with the masks, so that a unit is judged by
-    what it adds to a network that has adapted.
-
     Args:
         distillation: masked model and teacher.
         masks: the trained gates.
@@ -46,6 +43,7 @@ class SearchObjective(Objective):
         self.distillation, self.masked = distillation, distillation.masked
         self.masks = masks
         self.limits, self.settings = limits, settings
+        self.masked.tuning.requires_grad_(False)  # its stage comes later
         self.lagrangian = Lagrangian()
         self.stage = range(settings.search_steps)
         self._starts = self._initial_sparsity().tolist()

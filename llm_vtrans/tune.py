@@ -32,7 +32,10 @@ class TuneObjective(Objective):
         settings: TrainingSettings,
     ):
         super().__init__()
-        self.distillation, self.hard, self.sparsity = distillation, hard, sparsity
+        self.distillation, self.masked = distillation, distillation.masked
+        self.hard, self.sparsity = hard, sparsity
+        self.masked.tuning.requires_grad_(True)
+        self.masked.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
 
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
@@ -43,7 +46,9 @@ class TuneObjective(Objective):
 
     def optimizer(self) -> torch.optim.AdamW:
         """Over all that is trained in the student."""
-        return torch.optim.AdamW(self.distillation.parameter_groups(), weight_decay=0.0)
+        student = self.distillation.parameter_groups()
+        groups = [*self.masked.tuning.parameter_groups(), *student]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warms up, then decays linearly to zero."""

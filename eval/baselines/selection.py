@@ -32,17 +32,6 @@ Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class FixedHidden(Problem):
-    """An allocation problem whose hidden size is settled."""
-
-    hidden_size: int = 0
-
-    def counts(self, axis: Axis, is_pruned: bool) -> list[int]:
-        """The one hidden size, and all counts of other units."""
-        return [self.hidden_size] if axis is Axis.HIDDEN else super().counts(axis, is_pruned)
-
-
-@dataclass(frozen=True)
 class Compensation:
     """A change to the exported model that belongs to a method.
 
@@ -127,14 +116,7 @@ class Selection:
             yield problem
             return
         for size in hidden_sizes(problem, frozenset(self.structures)):
-            yield FixedHidden(
-                problem.architecture,
-                problem.cost,
-                problem.budget,
-                problem.round_to,
-                problem.is_uniform,
-                hidden_size=size,
-            )
+            yield replace(problem, hidden_size=size)
 
 
 def hidden_sizes(problem: Problem, pruned: frozenset[str]) -> list[int]:

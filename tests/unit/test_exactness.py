@@ -128,6 +128,7 @@ def check_exact(
     plain = logits_of(model(**inputs))
     masked = MaskedModel(model, architecture, tuning)
     assert masked(inputs).equal(plain)  # without gates neither they nor the tuning act
+    tuning.is_on = True
     masked.set_gates(plan.hard())
     expected = masked(inputs)
     pruning = Pruning(

@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP_LEVEL = {
+    "CHANGELOG",
+    "CITATION.cff",
     "LICENSE",
     "README.md",
     "ds_configs",
