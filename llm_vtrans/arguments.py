@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,8 @@ VARIANTS = ("faster", "fast", "vtrans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
+STEP_TOKENS = 2048  # per rank and micro-batch
+NUM_STEPS = {"faster": 300, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -98,10 +100,10 @@ class PruneArguments:
         "fifth) of the steps, or cubic over their first half.",
         ("linear", "cubic"),
     )
-    samples: int | None = _option(
-        None,
-        "Calibration sequences to train on. Default 2400; 80000 of vtrans, and of fast before "
-        "its share is taken.",
+    samples: int = _option(
+        0,
+        "Calibration sequences to train on, of which --variant fast takes its share. 0, the "
+        "default: enough for 300 optimizer steps, 10,000 of vtrans and of fast's whole.",
     )
     tune_share: float = _option(
         0.5,
@@ -111,7 +113,9 @@ class PruneArguments:
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
-    batch_size: int = _option(8, "Sequences per rank and micro-batch.")
+    batch_size: int = _option(
+        0, "Sequences per rank and micro-batch. 0, the default: as many as make up 2,048 tokens."
+    )
     gradient_accumulation: int = _option(1, "Micro-batches per optimizer step.")
     seed: int = _option(0, "Seed of masks, noise and data order.")
     learning_rate: float = _option(0.1, "Learning rate of the masks, decaying linearly to zero.")
@@ -164,7 +168,9 @@ class PruneArguments:
                 "parameters that is removed, so 0.3 keeps 70%"
             )
         self._check_variant()
-        for name in ("samples", "batch_size", "gradient_accumulation", "save_every", "log_every"):
+        for name in ("samples", "batch_size"):
+            self._at_least(name, 0)
+        for name in ("gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
         self._at_least("seed", 0)
         if self.seed >= 2**32:
@@ -179,7 +185,7 @@ class PruneArguments:
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.kl_weight < float("inf"):
             raise UserError(f"--kl-weight must not be negative, got {self.kl_weight}")
-        if self.num_samples() < self.global_batch(1):
+        if self.samples and self.batch_size and self.num_samples() < self.global_batch(1):
             share = f" x --data-fraction {self.fraction}" if self.fraction < 1 else ""
             raise UserError(
                 f"--samples {self.samples}{share} does not fill one step of --batch-size "
@@ -201,8 +207,6 @@ class PruneArguments:
             )
         if not 0 < self.fraction <= 1:
             raise UserError(f"--data-fraction must be in (0, 1], got {self.data_fraction}")
-        if self.samples is None:
-            self.samples = 80_000 if self.trains_weights else 2400
         for name in ("weight_learning_rate", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 flag = name.replace("_", "-")
@@ -231,8 +235,7 @@ class PruneArguments:
         return 1.0 if self.data_fraction is None else self.data_fraction
 
     def num_samples(self) -> int:
-        """Sequences to train on, repeated ones counted."""
-        assert self.samples is not None  # filled when the options were checked
+        """Sequences to train on, repeated ones counted, once `filled`."""
         return share_of(self.samples, self.fraction)
 
     def _at_least(self, name: str, least: int) -> None:
@@ -240,8 +243,19 @@ class PruneArguments:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
 
+    def filled(self, seq_len: int, num_ranks: int) -> PruneArguments:
+        """These options with the defaults that depend on the model and the launch.
+
+        Args:
+            seq_len: tokens in a sequence.
+            num_ranks: processes of the launch.
+        """
+        args = replace(self, batch_size=self.batch_size or max(1, STEP_TOKENS // seq_len))
+        whole = NUM_STEPS[self.variant] * args.global_batch(num_ranks)
+        return replace(args, samples=args.samples or whole)
+
     def global_batch(self, num_ranks: int) -> int:
-        """Sequences per optimizer step over all ranks."""
+        """Sequences per optimizer step over all ranks, once `filled`."""
         return self.batch_size * self.gradient_accumulation * num_ranks
 
     def structures(self) -> tuple[str, ...]:

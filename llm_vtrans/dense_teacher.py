@@ -94,8 +94,8 @@ class DenseTeacher(Distillation):
         num = min(NUM_MATCHED, len(teacher))
         chosen = [teacher[-1 - len(teacher) * i // num] for i in range(num)]
         with torch.no_grad():
-            found = [[self._distance(s, t, is_token) for s in student] for t in chosen]
-            nearest = torch.tensor(found).argmin(dim=1).tolist()
+            pairs = [self._distance(s, t, is_token) for t in chosen for s in student]
+            nearest = torch.stack(pairs).view(num, len(student)).argmin(dim=1).tolist()
         matched = zip(nearest, chosen, strict=True)
         return torch.stack([self._distance(student[i], t, is_token) for i, t in matched]).mean()
 

@@ -147,6 +147,7 @@ class Job:
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)
+        args = args.filled(window_length(args, source), accelerator.num_processes)
         problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
         trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0

@@ -123,7 +123,7 @@ def make_task(
     """
     assert args.data is not None
     if kind in ("clm", "mlm"):
-        num = num_samples or args.num_samples()
+        num = num_samples or args.samples
         return _text_task(args, kind, tokenizer, seq_len, num, fraction)
     fields = tuple(name.strip() for name in (args.text_field or "").split(",") if name.strip())
     source = Labelled(args.data, args.eval_data, fields, args.label_field)

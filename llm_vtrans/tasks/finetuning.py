@@ -67,6 +67,7 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
         raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}") from error
     longest = config.max_position_embeddings - (2 if config.model_type == "roberta" else 0)
     seq_len = args.seq_len or min(512, longest)
+    args = args.filled(seq_len, accelerator.num_processes)
     task = make_task(args, kind, tokenizer, seq_len, None)
     model = _build(args, kind, task, tokenizer)
     optimizer = torch.optim.AdamW(

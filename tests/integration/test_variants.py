@@ -130,7 +130,7 @@ def test_its_masks_serve_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--data-fraction", "0.5"], "--variant fast"),
         (["--variant", "vtrans", "--data-fraction", "0.5"], "--variant fast"),
         (["--variant", "fast", "--data-fraction", "0"], "(0, 1]"),
-        (["--variant", "fast", "--samples", "40"], "--data-fraction 0.03"),
+        (["--variant", "fast", "--samples", "80", "--batch-size", "8"], "--data-fraction 0.03"),
         (["--variant", "vtrans", "--weight-learning-rate", "0"], "--weight-learning-rate"),
         (["--variant", "vtrans", "--temperature", "-1"], "--temperature"),
         (["--variant", "vtrans", "--dtype", "float16"], "bfloat16"),
@@ -146,10 +146,10 @@ def test_told_in_one_line(
 
 def test_defaults_of_samples() -> None:
     def num(*arguments: str) -> int:
-        return parse(list(arguments)).num_samples()
+        return parse(list(arguments)).filled(512, 2).num_samples()
 
-    assert num() == 2400 and num("--variant", "vtrans") == 80_000
-    assert num("--variant", "fast") == 2400
+    assert num() == 300 * 8 and num("--variant", "vtrans") == 10_000 * 8
+    assert num("--variant", "fast") == 300 * 8
     assert num("--variant", "fast", "--samples", "1000", "--data-fraction", "0.1") == 100
 
 
