@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -21,8 +23,10 @@ from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.candidates import choose
+from llm_vtrans.candidates import candidates, choose
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.dense_teacher import DenseTeacher
+from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
@@ -51,6 +55,7 @@ from llm_vtrans.planning import (
     window_length,
 )
 from llm_vtrans.report.build import write_run_report
+from llm_vtrans.report.record import RunRecord
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -68,6 +73,7 @@ from llm_vtrans.search import (
 )
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.trained_weights import BYTES_PER_PARAMETER, FOLDER, stored_weights, train_weights
 from llm_vtrans.training import Objective, TrainingSettings, distillation_loss, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
@@ -78,6 +84,8 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
     "phases",
 )  # fmt: skip
+KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
+METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
 
@@ -118,6 +126,7 @@ class Job:
     masked: MaskedModel = field(init=False)
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
+    distillation: Distillation = field(init=False)
     is_searched: bool = field(init=False)
     plan: PrunePlan = field(init=False)
 
@@ -141,7 +150,8 @@ class Job:
         args = args.filled(window_length(args, source), accelerator.num_processes)
         problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
-        output.require_space(2 * source.checkpoint.num_bytes)
+        trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
+        output.require_space(2 * source.checkpoint.num_bytes + trained)
         seq_len = window_length(args, source)
         with reporter.phase("calibration"):
             data = task_data(args, source, seq_len)
@@ -182,10 +192,10 @@ class Job:
             f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
-            f"{self.settings.num_steps} steps of {args.global_batch(self._num_ranks)} x "
-            f"{self.seq_len} tokens of {args.data} on {self._num_ranks} rank(s), "
-            f"{self.accelerator.device.type}, {dtype_name(self._dtype)}\n"
-            f"result in {args.output_folder()}"
+            f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
+            f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
+            f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
+            f"{dtype_name(self._dtype)}\nresult in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
             plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
@@ -206,7 +216,8 @@ class Job:
         """Loads and rotates the model, hooks tuning and masks onto it."""
         known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
         with self.reporter.phase("load"):
-            model = load_model(self.source, self._dtype, self.accelerator.device)
+            dtype = torch.float32 if self.args.trains_weights else self._dtype
+            model = load_model(self.source, dtype, self.accelerator.device)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
@@ -223,7 +234,9 @@ class Job:
                 self._rotate(model, known.get("rotation"))
         device = self.accelerator.device
         self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
+        teacher = copy.deepcopy(model) if self.args.trains_weights else None
         self.masked = MaskedModel(model, self.architecture, self.tuning)
+        self.distillation = self._distillation(teacher)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
         self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
@@ -233,11 +246,29 @@ class Job:
         if self.accelerator.is_main_process:
             self._open_state_folder()
 
+    def _distillation(self, teacher: nn.Module | None) -> Distillation:
+        """Masked model with its teacher, which is itself if its weights stay frozen."""
+        if teacher is None:
+            return SelfDistillation(self.masked)
+        args = self.args
+        train_weights(self.masked.model, self.architecture, self.uses_rotation)
+        return DenseTeacher(
+            self.masked, teacher.to(self._dtype), args.weight_learning_rate, args.temperature,
+            self._dtype,
+        )  # fmt: skip
+
     def _trained_masks(self) -> dict[str, Tensor]:
         """Tensors of the earlier run that `--masks` names, or none."""
         if self.args.masks is None:
             return {}
-        trained = read_masks(Path(self.args.masks), self.source.checkpoint.sha256())
+        folder = Path(self.args.masks)
+        trained = read_masks(folder, self.source.checkpoint.sha256())
+        variant = RunRecord.read(folder).manifest["settings"].get("variant", "faster")
+        if variant != "faster":
+            raise UserError(
+                f"--masks {folder}: its weights were trained with the masks (--variant {variant}) "
+                "and only the kept ones were written; prune anew for another budget"
+            )
         structures = {n[3:] for n in trained if n.startswith("mu.")}
         if structures != set(self.args.structures()):
             raise UserError(
@@ -264,6 +295,7 @@ class Job:
         """Removes the state, and what a kill left of one that was being written."""
         state = self.output.path / STATE_FILE
         halves = state.parent.glob(f".{state.name}.partial-*")
+        shutil.rmtree(state.parent / FOLDER, ignore_errors=True)
         for path in (state, state.with_name(METRICS_FILE), *halves):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # something else lies there: it is not ours to delete
@@ -315,13 +347,18 @@ class Job:
         """Trains the masks, unless an earlier run did."""
         if self.is_searched:
             return
-        objective = SearchObjective(self.masked, self.masks, self.problem.limits, self.settings)
+        objective = SearchObjective(
+            self.distillation, self.masks, self.problem.limits, self.settings
+        )
         with self.reporter.phase("search"):
             self._train(objective, self._rotation())
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
         with self.reporter.phase("allocate"):
+            if self.saved is not None:
+                self._recall(extra_tensors(self.saved[1]))
+                return
             self.plan = self._choose(self.problem)
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
@@ -332,9 +369,7 @@ class Job:
     def _choose(self, problem: Problem) -> PrunePlan:
         """The candidate of least distillation loss on a few training batches."""
         batches = self._first_batches(CHOICE_EXAMPLES)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teachers = [self.masked(batch) for batch in batches]
+        teachers = [self.distillation.teach(batch) for batch in batches]
 
         @torch.no_grad()
         def loss(plan: PrunePlan) -> float:
@@ -346,14 +381,36 @@ class Job:
         self.masked.set_gates(None)
         return replace(plan, basis=self.head_basis)
 
+    def _found(self) -> dict[str, Tensor]:
+        """What a run that is resumed in the last stage must know of those before.
+
+        The network has changed by then, so it can neither choose nor measure again.
+        """
+        keep = {KEEP + name: keep.to(torch.uint8) for name, keep in self.plan.keep.items()}
+        scores = {
+            SCORE + n: torch.tensor(x, dtype=torch.float64) for n, x in self.perplexity.items()
+        }
+        return {**self.masks.state_dict(), **keep, **scores}
+
+    def _recall(self, found: dict[str, Tensor]) -> None:
+        """Takes plan and scores from a saved state."""
+        for plan in candidates(self.masks, self.problem):
+            if all(kept.equal(found[KEEP + name].bool()) for name, kept in plan.keep.items()):
+                self.plan = replace(plan, basis=self.head_basis)
+        self.perplexity = {
+            n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
+        }
+
     def tune(self) -> None:
-        """Trains maps and factors for the units that stay."""
+        """Trains the network for the units that stay."""
         if not self.settings.tune_steps:
             return
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
-        objective = TuneObjective(self.masked, self._hard_gates(self.plan), sparsity, self.settings)
+        objective = TuneObjective(
+            self.distillation, self._hard_gates(self.plan), sparsity, self.settings
+        )
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._rotation(), **self.masks.state_dict()})
+            self._train(objective, {**self._rotation(), **self._found()})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
     def _rotation(self) -> dict[str, Tensor]:
@@ -408,12 +465,7 @@ class Job:
 
     def _write(self, folder: Path) -> None:
         args = self.args
-        dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-        pruning = Pruning(
-            self.source.checkpoint, self.architecture, self.plan,
-            self.tuning.basis(self.rotation), dtype, self.tuning.factors(),
-        )  # fmt: skip
-        with self.reporter.phase("export"):
+        with self.reporter.phase("export"), self._pruning() as pruning:
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),
@@ -441,6 +493,23 @@ class Job:
         (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
         write_run_report(folder, self.output.path.name)
 
+    @contextmanager
+    def _pruning(self) -> Iterator[Pruning]:
+        """The plan bound to the weights it prunes, frozen or trained."""
+        dtype = None if self.args.export_dtype == "auto" else getattr(torch, self.args.export_dtype)
+        dense, architecture, rotation = self.source.checkpoint, self.architecture, self.rotation
+        factors = self.tuning.factors()
+        if not self.args.trains_weights:
+            basis = self.tuning.basis(rotation)
+            yield Pruning(dense, architecture, self.plan, basis, dtype, factors)
+            return
+        # Trained weights are stored rotated and in float32.
+        basis = self.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
+        dtype = dtype or dense.tensors[architecture.embedding.name].dtype
+        folder, size = self.output.path / STATE_FOLDER, self.args.shard_bytes()
+        with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
+            yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
+
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         shape = self.plan.shape
         written = Checkpoint.open(folder)
@@ -455,7 +524,7 @@ class Job:
             for limit in self.problem.limits
         ]
         return {
-            "method": "faster-vtrans",
+            "method": METHODS[self.args.variant],
             "source": {
                 "name": self.args.model,
                 "revision": self.args.revision,

@@ -1,8 +1,7 @@
 """The training loop that both stages share, on `accelerate`.
 
-The weights are frozen; the teacher is the same network with its masks off. Noise and
-data order are functions of the seed and the global micro-batch number alone, so a
-run is the same on one rank or several and continues bit for bit after a kill.
+Noise and data order are functions of the seed and the global micro-batch number alone,
+so a run is the same on one rank or several and continues bit for bit after a kill.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class TrainingSettings:
         log_every: steps between two metric records.
         save_every: steps between two saved states.
         is_uniform: stock layout: every layer keeps the same counts.
+        schedule: of the sparsity aimed at, `linear` or `cubic`.
     """
 
     search_steps: int
@@ -52,6 +52,7 @@ class TrainingSettings:
     log_every: int
     save_every: int
     is_uniform: bool
+    schedule: str = "linear"
 
     @property
     def num_steps(self) -> int:
