@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from llm_vtrans.command import printable
 from llm_vtrans.errors import UserError
 from llm_vtrans.reporting import peak_rss
 
@@ -80,7 +81,7 @@ def outcome(action: Callable[[], object]) -> str | None:
     try:
         action()
     except UserError as error:
-        line = str(error)
+        line = printable(str(error))
         assert line.strip(), "an empty line tells nothing"
         return line
     return None
