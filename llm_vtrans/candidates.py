@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 
-from llm_vtrans.allocation import Problem, PrunePlan, allocate_scores, scores_and_gates
+from llm_vtrans.allocation import TOLERANCE, Problem, PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
@@ -46,7 +46,14 @@ def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
         if num_heads is not None:
             fixed[Axis.HEADS] = num_heads
         with suppress(UserError):  # these sizes may not fit the budget
-            yield allocate_scores(way, gate, replace(problem, fixed=fixed))
+            plan = allocate_scores(way, gate, replace(problem, fixed=fixed))
+            if _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE):
+                yield plan
+
+
+def _used(plan: PrunePlan, problem: Problem) -> float:
+    """Share of the tightest budget that a plan uses."""
+    return max(limit.cost.of(plan.shape) / limit.budget.target for limit in problem.limits)
 
 
 def _near(

@@ -32,9 +32,7 @@ def watch() -> None:
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     if _seen is None or _allowed is None:
         return
-    if event == "open" and isinstance(args[2], int) and args[2] & WRITES:
-        _note(event, args[0])
-    elif event in CHANGES:
+    if (event == "open" and isinstance(args[2], int) and args[2] & WRITES) or event in CHANGES:
         _note(event, args[0])
     elif event in ("socket.connect", "socket.getaddrinfo"):
         _seen.append(f"{event} {args[-1] if event == 'socket.connect' else args[0]}")

@@ -39,6 +39,8 @@ def test_candidates_meet_the_budget(case: tuple[VIBMasks, Problem]) -> None:
     assert len({plan.shape for plan in plans}) > 2
     for plan in plans:
         assert problem.cost.of(plan.shape) <= problem.budget.target
+        least = min(problem.cost.of(first.shape), 0.999 * problem.budget.target)
+        assert problem.cost.of(plan.shape) >= least
         assert plan.shape.is_uniform or not problem.is_uniform
     # Some keep the layer that the masks would remove.
     assert not bool(first.present[1].all()) and any(bool(plan.present.all()) for plan in plans)
