@@ -1,5 +1,7 @@
 """Costs, the Lagrangian and the schedules of target and sharpness."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -167,7 +169,7 @@ def test_target_warms_up(target: float, warmup: int) -> None:
 
 def test_cubic_schedule_is_fast_at_first() -> None:
     targets = [target_at(step, 100, 0.1, 0.5, "cubic") for step in range(100)]
-    rises = [b - a for a, b in zip(targets, targets[1:], strict=False)]
+    rises = [b - a for a, b in pairwise(targets)]
     assert targets[0] == pytest.approx(0.1) and targets[50:] == pytest.approx([0.5] * 50)
     assert rises[:50] == sorted(rises[:50], reverse=True)
 
