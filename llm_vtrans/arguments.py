@@ -22,7 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
 STEP_TOKENS = 2048  # per rank and micro-batch
-NUM_STEPS = {"faster": 300, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
+NUM_STEPS = {"faster": 450, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -103,10 +103,10 @@ class PruneArguments:
     samples: int = _option(
         0,
         "Calibration sequences to train on, of which --variant fast takes its share. 0, the "
-        "default: enough for 300 optimizer steps, 10,000 of vtrans and of fast's whole.",
+        "default: enough for 450 optimizer steps, 10,000 of vtrans and of fast's whole.",
     )
     tune_share: float = _option(
-        0.5,
+        1 / 3,
         "Share of the samples that is used after the units are picked, to tune the stream's basis "
         "and a factor at every gate for them. 0: none.",
     )

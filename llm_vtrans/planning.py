@@ -135,7 +135,7 @@ def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
             f"{num_ranks} ranks: lower --batch-size"
         )
     num_steps = args.num_samples() // batch
-    tune_steps = int(args.tune_share * num_steps)
+    tune_steps = round(args.tune_share * num_steps)
     return TrainingSettings(
         search_steps=num_steps - tune_steps,
         tune_steps=tune_steps,
