@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Dim, Role
+from llm_vtrans.hooks import removed_after
 
 FLOOR = 1e-9  # of the largest eigenvalue: keeps a moment of few tokens invertible
 PREFIX = "head_basis."  # of the maps in masks.safetensors
@@ -140,12 +141,9 @@ def balanced_basis(
                     observe(moments[role][at], x)
 
         hooks.append(module.register_forward_hook(split))
-    try:
+    with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return _balance(moments)
 
 
