@@ -115,7 +115,8 @@ def test_a_fraction_of_text_is_part_of_the_whole(tmp_path: Path) -> None:
     whole = calibrate(source, fast, 400, 16, 3)
     part, again = (calibrate(source, fast, 400, 16, 3, 0.1) for _ in range(2))
     assert torch.equal(part.train, again.train) and len(part.train) == 40
-    assert torch.equal(part.train, whole.train[:40]) and torch.equal(part.heldout, whole.heldout)
+    assert {*map(tuple, part.train.tolist())} <= {*map(tuple, whole.train.tolist())}
+    assert torch.equal(part.heldout, whole.heldout)
     assert not torch.equal(part.train, calibrate(source, fast, 400, 16, 4, 0.1).train)
 
 
