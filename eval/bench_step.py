@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.distillation import SelfDistillation, distillation_loss
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
@@ -32,7 +33,6 @@ from llm_vtrans.training import (
     INITIAL_LOG_VAR,
     MaskObjective,
     TrainingSettings,
-    distillation_loss,
     initial_shapes,
     make_optimizer,
 )
@@ -54,7 +54,7 @@ class Bench:
         settings = TrainingSettings(1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
         self.objective = MaskObjective(
-            MaskedModel(self.model, architecture),
+            SelfDistillation(MaskedModel(self.model, architecture)),
             masks,
             cost,
             Budget("params", dense // 2, dense),

@@ -17,6 +17,7 @@ from llm_vtrans.errors import UserError
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMS = ("full", "4bit", "8bit")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -78,6 +79,18 @@ class PruneArguments:
         "auto", "Dtype to compute in. auto: float32 on CPU, bfloat16 on GPU.", DTYPES
     )
     export_dtype: str = _option("auto", "Dtype to write. auto: the dense checkpoint's.", DTYPES)
+    gradient_checkpointing: bool = _option(
+        False, "Recompute each layer in the backward pass: less memory, a third more time."
+    )
+    load_in: str = _option(
+        "full",
+        "Form of the frozen weights during training: full (--dtype), or 4bit or 8bit by "
+        "bitsandbytes. The export is cut from the full-precision shards in any case.",
+        LOAD_FORMS,
+    )
+    track: str | None = _option(
+        None, "Where to send metrics as well: tensorboard, wandb and others, separated by commas."
+    )
     masks: str | None = _option(
         None, "Earlier run whose trained masks serve this budget, instead of training."
     )

@@ -76,6 +76,19 @@ class MaskedModel(nn.Module):
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What the output head reads, `(batch, seq, hidden)`, for tokens `(batch, seq)`."""
+        base: Any = self.model.base_model
+        hidden: Tensor = base(input_ids=input_ids, use_cache=False)[0]
+        return hidden
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head, from hidden states to logits."""
+        model: Any = self.model
+        head: nn.Module = model.get_output_embeddings()
+        return head
+
     def _hook(self, path: str, dims: Any, sublayer: Sublayer | None, layer: int | None) -> None:
         module = self.model.get_submodule(path)
         unit_dim = next((d for d in dims if d.axis not in (Axis.HIDDEN, None)), None)

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import Preempted, UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> int:
@@ -20,7 +20,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         arguments: those arguments.
 
     Returns:
-        0; 2 for a `UserError` or a full or read-only disk, told in one line; 130 if interrupted.
+        0; 2 for a `UserError` or a full or read-only disk, told in one line; 75 if a scheduler
+        asked it to go (`Preempted`): the same command with --resume goes on; 130 if interrupted.
     """
     try:
         command(arguments)
@@ -30,6 +31,9 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         return _tell(f"{error.filename or 'output'}: {error.strerror}; free space or permissions")
+    except Preempted as preempted:
+        _tell(str(preempted))
+        return PREEMPTED
     except KeyboardInterrupt:
         _tell("interrupted; --resume continues from the last saved state")
         return INTERRUPTED

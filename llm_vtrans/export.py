@@ -34,6 +34,7 @@ from llm_vtrans.families.base import (
     Sublayer,
     TensorSpec,
 )
+from llm_vtrans.loading import stored_name
 from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.shard_writer import ShardWriter
 
@@ -77,9 +78,7 @@ class Pruning:
 
     def source_name(self, name: str) -> str:
         """Where a tensor is read from: a head that was tied comes from the embedding."""
-        if name in self.source.tensors:
-            return name
-        return next(spec.name for spec in self.architecture.tensors if spec.is_lookup)
+        return stored_name(name, self.source, self.architecture)
 
     def kept(self, axis: Axis, layer: int | None) -> Tensor:
         """Indices of the kept units of an axis, `(num_kept,)`."""

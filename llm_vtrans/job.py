@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,10 +24,11 @@ from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost
 from llm_vtrans.calibration import Calibration
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model, plan_tensors
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading import Source, load_model, open_source, untie_head
+from llm_vtrans.loading import Source, load_model, open_source
 from llm_vtrans.manifest import (
     CARD_FILE,
     dtype_name,
@@ -37,7 +40,7 @@ from llm_vtrans.manifest import (
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.output_folder import MANIFEST_FILE, OutputFolder
 from llm_vtrans.planning import (
     calibration_data,
     make_problem,
@@ -45,6 +48,7 @@ from llm_vtrans.planning import (
     training_settings,
     window_length,
 )
+from llm_vtrans.preemption import Preemption
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -64,9 +68,25 @@ from llm_vtrans.training import (
     make_optimizer,
     train,
 )
+from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
+EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
+FREE_SETTINGS = {  # a resumed run may have others
+    "config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every", "shard_size",
+    "export_dtype", "batch_size", "gradient_accumulation", "gradient_checkpointing", "track",
+}  # fmt: skip
+
+
+def is_finished(args: PruneArguments) -> bool:
+    """Whether the output folder holds this run's result: a requeued job may find it there."""
+    folder = args.output_folder()
+    if (folder / STATE_FILE).is_file() or not (folder / MANIFEST_FILE).is_file():
+        return False
+    found = json.loads((folder / MANIFEST_FILE).read_text())["settings"]
+    now = asdict(args)
+    return all(found[key] == now[key] for key in found.keys() & now.keys() - FREE_SETTINGS)
 
 
 @dataclass
@@ -83,6 +103,7 @@ class Job:
         settings: of the training loop.
         data: calibration windows.
         output: the result's folder.
+        preemption: tells when a signal asks the run to go.
         saved: step and tensors of the unfinished run to continue.
     """
 
@@ -95,6 +116,7 @@ class Job:
     settings: TrainingSettings
     data: Calibration
     output: OutputFolder
+    preemption: Preemption
     perplexity: dict[str, float] = field(default_factory=dict)
     basis: Tensor | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
@@ -107,7 +129,7 @@ class Job:
     first_step: int = 0
 
     @classmethod
-    def prepare(cls, args: PruneArguments) -> Job:
+    def prepare(cls, args: PruneArguments, preemption: Preemption) -> Job:
         """Checks everything that can be checked without loading weights.
 
         Raises:
@@ -115,7 +137,10 @@ class Job:
         """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
+        )
         set_seed(args.seed)
         reporter = Reporter(accelerator.is_main_process)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
@@ -133,7 +158,7 @@ class Job:
         reporter.num_steps = settings.num_steps
         job = cls(
             args, accelerator, reporter, source, problem.architecture, problem, settings, data,
-            output,
+            output, preemption,
         )  # fmt: skip
         job.saved = job._saved_state()
         return job
@@ -182,14 +207,17 @@ class Job:
         """Loads and rotates the model, builds the masks, restores an unfinished run."""
         saved, self.saved = self.saved, None
         trained = self._trained_masks()
+        configure(self.accelerator, self._dtype, self.args.batch_size)
         with self.reporter.phase("load"):
-            model = load_model(self.source, self._dtype, self.accelerator.device)
+            model = load_model(self.source, self._dtype, self.accelerator.device, self.architecture)
+        self.masked = MaskedModel(model, self.architecture)
+        distillation = SelfDistillation(self.masked, self.args.gradient_checkpointing)
+        attach(self.accelerator, distillation)
         self.perplexity["dense"] = self._heldout(model)
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
                 known = trained if saved is None else extra_tensors(saved[1])
                 self._rotate(model, known.get("rotation"))
-        self.masked = MaskedModel(model, self.architecture)
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in trained.items() if n.startswith("mu.")}
         masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(self.accelerator.device)
@@ -197,8 +225,9 @@ class Job:
             masks.load_state_dict({name: trained[name] for name in masks.state_dict()})
             self.first_step = self.settings.num_steps
         self.objective = MaskObjective(
-            self.masked, masks, self.problem.cost, self.problem.budget, self.settings
-        ).to(self.accelerator.device)
+            distillation, masks, self.problem.cost, self.problem.budget, self.settings
+        )
+        self.objective.lagrangian.to(self.accelerator.device)
         self.optimizer = make_optimizer(self.objective, self.args.learning_rate)
         if saved is not None:
             self.first_step, tensors = saved
@@ -244,8 +273,6 @@ class Job:
             state.parent.rmdir()
 
     def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
-        if self.source.architecture.tied_head is not None:
-            untie_head(model)
         if basis is None:
             windows = self.data.train[:ROTATION_WINDOWS].to(self.accelerator.device)
             batches = list(windows.split(self.args.batch_size))
@@ -266,9 +293,7 @@ class Job:
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that a resumed run must share; ranks may differ if the global batch does not."""
-        free = {"config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every",
-                "shard_size", "export_dtype", "batch_size", "gradient_accumulation"}  # fmt: skip
-        settings = {k: v for k, v in asdict(self.args).items() if k not in free}
+        settings = {k: v for k, v in asdict(self.args).items() if k not in FREE_SETTINGS}
         return {
             **settings,
             "global_batch": self.args.global_batch(self._num_ranks),
@@ -286,8 +311,8 @@ class Job:
                     self._fingerprint,
                 )  # fmt: skip
 
-        with self.reporter.phase("train"):
-            train(
+        with self.reporter.phase("train"), self.preemption.deferred():
+            num_done = train(
                 self.objective,
                 self.optimizer,
                 self.data.train,
@@ -296,8 +321,12 @@ class Job:
                 self.first_step,
                 lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
                 save,
+                self.preemption,
             )
-        save(self.settings.num_steps)
+            if num_done == self.settings.num_steps:
+                save(num_done)
+            self.accelerator.wait_for_everyone()
+        self.preemption.check()
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
@@ -322,13 +351,20 @@ class Job:
 
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
-        if self.accelerator.is_main_process:
-            with self.output as folder:
-                self._write(folder)
+        is_main, hashes = self.accelerator.is_main_process, {}
+        with self.output if is_main else nullcontext(Path()) as folder:
+            if is_main:
+                hashes = self._write_weights(folder)
+            written = Path(broadcast_object_list([str(folder)])[0])
+            if is_main or is_partitioned(self.accelerator):
+                self._score(written)
+            if is_main:
+                self._write_record(folder, hashes)
+        if is_main:
             self._remove_state()
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path) -> None:
+    def _write_weights(self, folder: Path) -> dict[str, str]:
         args = self.args
         dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
         pruning = Pruning(self.source.checkpoint, self.architecture, self.plan, self.basis, dtype)
@@ -343,11 +379,18 @@ class Job:
                 plan_tensors(self.plan, self.basis),
                 self.source.checkpoint.sha256(),
             )
+        return hashes
+
+    def _score(self, folder: Path) -> None:
+        """Measures what was written as a user would load it."""
         with self.reporter.phase("score"):
             pruned = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self._dtype, trust_remote_code=False
-            ).to(self.accelerator.device)
-            self.perplexity["pruned"] = self._heldout(pruned)
+            )
+            attach(self.accelerator, pruned)
+            self.perplexity["pruned"] = self._heldout(pruned.to(self.accelerator.device))
+
+    def _write_record(self, folder: Path, hashes: dict[str, str]) -> None:
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Family, family_for
+from llm_vtrans.zero3 import gathered, is_writer
 
 EMBEDDED = "embedded"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -123,36 +129,83 @@ def load_tokenizer(source: Source) -> Any:
         ) from error
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    architecture: Architecture | None = None,
+) -> PreTrainedModel:
     """Builds the model without storage and fills it tensor by tensor.
 
-    Host memory peaks at the model in `dtype` plus one tensor.
+    Host memory peaks at the model in `dtype` plus one tensor. Under ZeRO-3 the model is born in
+    slices, rank zero alone reads the files, and no rank holds more than a whole tensor.
 
     Args:
         source: checked checkpoint.
         dtype: of the parameters.
         device: they are placed on.
+        architecture: the table after rotation, if that takes a tied head off the embedding.
 
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    with init_empty_weights(include_buffers=False):
+    architecture = architecture or source.architecture
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = architecture.tied_head is not None
+    with nullcontext() if is_deepspeed_zero3_enabled() else _no_storage(), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            source.config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation="sdpa"
         )
-    for name in source.architecture.named_tensors():
-        weight = source.checkpoint.read(name)
-        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
-            raise UserError(
-                f"{source.checkpoint.tensors[name].file}: {name} holds NaN or infinite values: "
-                "the checkpoint is damaged"
-            )
-        path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(weight.to(device, dtype), requires_grad=False)
-        setattr(model.get_submodule(path), leaf, parameter)
+    model.requires_grad_(False)
+    damaged = ""
+    for name in architecture.named_tensors():
+        damaged = damaged or _fill(model, name, source, architecture, device)
+    damaged = broadcast_object_list([damaged])[0]  # rank zero has read the files for all
+    if damaged:
+        raise UserError(damaged)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
-    return model.eval().requires_grad_(False)
+    return model.eval()
+
+
+def _no_storage() -> AbstractContextManager[None]:
+    return init_empty_weights(include_buffers=False)
+
+
+def _fill(
+    model: PreTrainedModel,
+    name: str,
+    source: Source,
+    architecture: Architecture,
+    device: torch.device,
+) -> str:
+    """Gives one parameter its values; returns what is wrong with them."""
+    path, _, leaf = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    with gathered([parameter]):
+        if not is_writer(parameter):
+            return ""
+        stored = stored_name(name, source.checkpoint, architecture)
+        weight = source.checkpoint.read(stored)
+        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
+            return (
+                f"{source.checkpoint.tensors[stored].file}: {stored} holds NaN or infinite values: "
+                "the checkpoint is damaged"
+            )
+        if parameter.is_meta:
+            filled = nn.Parameter(weight.to(device, parameter.dtype), requires_grad=False)
+            setattr(model.get_submodule(path), leaf, filled)
+        else:
+            with torch.no_grad():
+                parameter.copy_(weight)
+    return ""
+
+
+def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Where a tensor is read from: a head that was tied comes from the embedding."""
+    if name in checkpoint.tensors:
+        return name
+    return next(spec.name for spec in architecture.tensors if spec.is_lookup)
 
 
 def untie_head(model: PreTrainedModel) -> None:

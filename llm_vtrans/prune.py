@@ -13,7 +13,8 @@ if not __package__:  # as a script this folder comes first; the package must be 
 
 from llm_vtrans.arguments import parse
 from llm_vtrans.command import run_command
-from llm_vtrans.job import Job
+from llm_vtrans.job import Job, is_finished
+from llm_vtrans.preemption import Preemption
 
 
 def prune(arguments: list[str]) -> None:
@@ -24,17 +25,22 @@ def prune(arguments: list[str]) -> None:
 
     Raises:
         UserError: something the user can correct.
+        Preempted: a signal asked the run to go.
     """
     args = parse(arguments)
-    job = Job.prepare(args)
-    job.show_plan()
-    if args.dry_run:
+    if args.resume and is_finished(args):
+        print(f"{args.output_folder()}: is finished already", flush=True)
         return
-    job.load()
-    job.train()
-    job.allocate()
-    job.export()
-    job.summarise()
+    with Preemption() as preemption:
+        job = Job.prepare(args, preemption)
+        job.show_plan()
+        if args.dry_run:
+            return
+        job.load()
+        job.train()
+        job.allocate()
+        job.export()
+        job.summarise()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+from llm_vtrans.zero3 import gathered, is_writer
 
 
 def rotated_architecture(architecture: Architecture) -> Architecture:
@@ -68,11 +69,18 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
     """
     named = architecture.named_tensors()
     parameters = {name: model.get_parameter(name) for name in named}
-    norms = {n: p.detach().clone() for n, p in parameters.items() if _scales(named[n][0])}
+    norms = {}
+    for name, parameter in parameters.items():
+        if _scales(named[name][0]):
+            with gathered([parameter]):
+                norms[name] = parameter.detach().clone()
     for name, (spec, layer) in named.items():
         norm = norms[spec.norm.format(layer)] if spec.norm else None
         parameter = parameters[name]
-        parameter.copy_(rotate_tensor(parameter, spec, basis.to(parameter.device), norm))
+        with gathered([parameter]):
+            if is_writer(parameter):
+                basis = basis.to(parameter.device)
+                parameter.copy_(rotate_tensor(parameter, spec, basis, norm))
 
 
 def _scales(spec: TensorSpec) -> bool:

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, Cost, Lagrangian, complete
+from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.preemption import Preemption
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over training
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
@@ -62,7 +62,7 @@ class MaskObjective(nn.Module):
     """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
     Args:
-        masked: frozen model with hooks.
+        distillation: frozen model with hooks, teacher and student at once.
         masks: the trained gates.
         cost: what the budget counts.
         budget: the target.
@@ -71,14 +71,15 @@ class MaskObjective(nn.Module):
 
     def __init__(
         self,
-        masked: MaskedModel,
+        distillation: SelfDistillation,
         masks: VIBMasks,
         cost: Cost,
         budget: Budget,
         settings: TrainingSettings,
     ):
         super().__init__()
-        self.masked, self.masks = masked, masks
+        self.distillation, self.masked = distillation, distillation.masked
+        self.masks = masks
         self.cost, self.budget, self.settings = cost, budget, settings
         self.lagrangian = Lagrangian()
 
@@ -96,11 +97,10 @@ class MaskObjective(nn.Module):
         architecture = self.masked.architecture
         generator = torch.Generator(input_ids.device)
         generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teacher = self.masked(input_ids)
-        self.masked.set_gates(complete_layers(self.masks.sample(generator), architecture))
-        distillation = distillation_loss(self.masked(input_ids), teacher)
+        gates = complete_layers(self.masks.sample(generator), architecture)
+        distillation = self.distillation(
+            input_ids, lambda: self.masked.set_gates(None), lambda: self.masked.set_gates(gates)
+        )
         sparsity = self.expected_sparsity(self.masks.keep_probability(sharpness_at(progress)))
         penalty = self.lagrangian(sparsity - target)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
@@ -124,21 +124,6 @@ def complete_layers(gates: dict[str, Tensor], architecture: Architecture) -> dic
     if "layers" not in gates:
         return gates
     return {**gates, "layers": gates["layers"].expand(architecture.num_layers, 2)}
-
-
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL from the unmasked to the masked network's next-token distribution.
-
-    Args:
-        student: logits `(batch, seq, vocab)`.
-        teacher: logits `(batch, seq, vocab)`, detached.
-
-    Returns:
-        Mean over tokens in nats, shape `()`, computed in float32.
-    """
-    log_student = F.log_softmax(student.float().flatten(0, 1), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, 1), dim=-1)
-    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
 
 
 def sharpness_at(progress: float) -> float:
@@ -210,18 +195,23 @@ def train(
     first_step: int,
     report: Callable[[Progress], None],
     save: Callable[[int], None],
-) -> None:
+    preemption: Preemption,
+) -> int:
     """Trains the masks in place.
 
     Args:
         objective: loss; its masks and multipliers are trained.
         optimizer: from `make_optimizer`, with its state if the run is resumed.
         windows: tokens `(num_samples, seq_len)`, in the order in which they are used.
-        accelerator: made with the settings' gradient accumulation.
+        accelerator: ranks and device.
         settings: of the loop.
         first_step: steps that are done already.
         report: called on every rank after each logged step.
         save: called on every rank when a state is due.
+        preemption: asked after each step whether to stop; the state is saved then.
+
+    Returns:
+        Steps done: fewer than all if the run was asked to go.
 
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
@@ -232,7 +222,7 @@ def train(
         batch_size=settings.batch_size,
         drop_last=True,
     )
-    model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    loader = accelerator.prepare_data_loader(loader)
     done = first_step * settings.gradient_accumulation
     batches: Iterator[Tensor] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
@@ -244,18 +234,33 @@ def train(
         for part in range(settings.gradient_accumulation):
             local = step * settings.gradient_accumulation + part
             number = local * accelerator.num_processes + accelerator.process_index
-            with accelerator.accumulate(model):
-                terms = model(next(batches), number, progress, target)
-                accelerator.backward(terms["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+            terms = objective(next(batches), number, progress, target)
+            (terms["loss"] / settings.gradient_accumulation).backward()
+        _average_gradients(objective, accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
         num_done = step + 1
         if num_done % settings.log_every == 0 or num_done == settings.num_steps:
             report(meter.read(num_done, _collect(terms, target, objective, accelerator, num_done)))
-        if num_done % settings.save_every == 0 and num_done < settings.num_steps:
+        is_stopped = preemption.agreed(accelerator)
+        is_due = num_done % settings.save_every == 0 or is_stopped
+        if is_due and num_done < settings.num_steps:
             _check_finite(objective, num_done)
             save(num_done)
+        if is_stopped:
+            return num_done
     _check_finite(objective, settings.num_steps)
+    return settings.num_steps
+
+
+def _average_gradients(objective: nn.Module, accelerator: Accelerator) -> None:
+    """One collective for all that is trained: masks are small and replicated on every rank."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in objective.parameters() if p.grad is not None]
+    mean: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+    for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 class _Meter:
