@@ -28,7 +28,7 @@ from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model, plan_tensors
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading import Source, load_model, open_source
+from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
 from llm_vtrans.manifest import (
     CARD_FILE,
     dtype_name,
@@ -49,6 +49,7 @@ from llm_vtrans.planning import (
     window_length,
 )
 from llm_vtrans.preemption import Preemption
+from llm_vtrans.quantised import FULL, check_form
 from llm_vtrans.reporting import (
     METRICS_FILE,
     Reporter,
@@ -142,6 +143,7 @@ class Job:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
         )
         set_seed(args.seed)
+        check_form(args.load_in, accelerator)
         reporter = Reporter(accelerator.is_main_process)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
@@ -209,7 +211,10 @@ class Job:
         trained = self._trained_masks()
         configure(self.accelerator, self._dtype, self.args.batch_size)
         with self.reporter.phase("load"):
-            model = load_model(self.source, self._dtype, self.accelerator.device, self.architecture)
+            model = load_model(
+                self.source, self._dtype, self.accelerator.device, self.architecture,
+                self.args.load_in,
+            )  # fmt: skip
         self.masked = MaskedModel(model, self.architecture)
         distillation = SelfDistillation(self.masked, self.args.gradient_checkpointing)
         attach(self.accelerator, distillation)
@@ -278,7 +283,11 @@ class Job:
             batches = list(windows.split(self.args.batch_size))
             basis = principal_basis(model, self.architecture, batches, lambda b: model(b))
         self.basis = basis
-        rotate_model(model, self.architecture, basis)
+        if self.args.load_in == FULL:
+            rotate_model(model, self.architecture, basis)
+        else:  # first rotated, then quantised
+            weights = Weights(self.source, self.architecture, basis, self.args.load_in)
+            fill_model(model, weights, self._dtype, self.accelerator.device)
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -21,6 +21,8 @@ from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Family, family_for
+from llm_vtrans.quantised import FULL, is_quantised, set_quantised
+from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.zero3 import gathered, is_writer
 
 EMBEDDED = "embedded"
@@ -129,11 +131,49 @@ def load_tokenizer(source: Source) -> Any:
         ) from error
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The values that a model's parameters get.
+
+    Attributes:
+        source: checked checkpoint.
+        architecture: the table, after rotation if that takes a tied head off the embedding.
+        basis: rotation `(hidden_size, hidden_size)` float32, done tensor by tensor, or None.
+        form: `full`, or how bitsandbytes holds the layers' matrices: `4bit` or `8bit`.
+    """
+
+    source: Source
+    architecture: Architecture
+    basis: Tensor | None = None
+    form: str = FULL
+
+    def read(self, name: str) -> Tensor:
+        """One tensor from the shards, rotated.
+
+        Raises:
+            UserError: it is NaN or infinite somewhere.
+        """
+        checkpoint = self.source.checkpoint
+        stored = stored_name(name, checkpoint, self.architecture)
+        weight = checkpoint.read(stored)
+        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
+            raise UserError(
+                f"{checkpoint.tensors[stored].file}: {stored} holds NaN or infinite values: "
+                "the checkpoint is damaged"
+            )
+        if self.basis is None:
+            return weight
+        spec, layer = self.architecture.named_tensors()[name]
+        norm = checkpoint.read(spec.norm.format(layer)) if spec.norm else None
+        return rotate_tensor(weight, spec, self.basis, norm)
+
+
 def load_model(
     source: Source,
     dtype: torch.dtype,
     device: torch.device,
     architecture: Architecture | None = None,
+    form: str = FULL,
 ) -> PreTrainedModel:
     """Builds the model without storage and fills it tensor by tensor.
 
@@ -145,6 +185,7 @@ def load_model(
         dtype: of the parameters.
         device: they are placed on.
         architecture: the table after rotation, if that takes a tied head off the embedding.
+        form: in which the layers' matrices are held.
 
     Raises:
         UserError: a weight is NaN or infinite.
@@ -157,12 +198,7 @@ def load_model(
             config, dtype=dtype, attn_implementation="sdpa"
         )
     model.requires_grad_(False)
-    damaged = ""
-    for name in architecture.named_tensors():
-        damaged = damaged or _fill(model, name, source, architecture, device)
-    damaged = broadcast_object_list([damaged])[0]  # rank zero has read the files for all
-    if damaged:
-        raise UserError(damaged)
+    fill_model(model, Weights(source, architecture, form=form), dtype, device)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
     return model.eval()
@@ -172,33 +208,43 @@ def _no_storage() -> AbstractContextManager[None]:
     return init_empty_weights(include_buffers=False)
 
 
-def _fill(
-    model: PreTrainedModel,
-    name: str,
-    source: Source,
-    architecture: Architecture,
-    device: torch.device,
-) -> str:
-    """Gives one parameter its values; returns what is wrong with them."""
-    path, _, leaf = name.rpartition(".")
-    parameter = model.get_parameter(name)
-    with gathered([parameter]):
-        if not is_writer(parameter):
-            return ""
-        stored = stored_name(name, source.checkpoint, architecture)
-        weight = source.checkpoint.read(stored)
-        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
-            return (
-                f"{source.checkpoint.tensors[stored].file}: {stored} holds NaN or infinite values: "
-                "the checkpoint is damaged"
-            )
-        if parameter.is_meta:
-            filled = nn.Parameter(weight.to(device, parameter.dtype), requires_grad=False)
-            setattr(model.get_submodule(path), leaf, filled)
-        else:
-            with torch.no_grad():
-                parameter.copy_(weight)
-    return ""
+def fill_model(
+    model: PreTrainedModel, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Gives every parameter its values, one tensor in memory at a time.
+
+    Args:
+        model: with parameters without storage, sliced, or to be replaced.
+        weights: their values.
+        dtype: of the parameters.
+        device: they are placed on.
+
+    Raises:
+        UserError: a weight is NaN or infinite; on every rank, whoever read it.
+    """
+    damaged = ""
+    for name, (spec, _) in weights.architecture.named_tensors().items():
+        path, _, leaf = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        with gathered([parameter]):
+            if damaged or not is_writer(parameter):
+                continue
+            try:
+                weight = weights.read(name)
+            except UserError as error:
+                damaged = str(error)
+                continue
+            if is_quantised(weights.form, spec, model.get_submodule(path)):
+                set_quantised(model, path, weight, weights.form, dtype, device)
+            elif parameter.is_meta:
+                filled = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+                setattr(model.get_submodule(path), leaf, filled)
+            else:
+                with torch.no_grad():
+                    parameter.copy_(weight)
+    damaged = broadcast_object_list([damaged])[0]  # rank zero may have read for all
+    if damaged:
+        raise UserError(damaged)
 
 
 def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str:

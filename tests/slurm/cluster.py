@@ -42,7 +42,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 300) -> None:
     """Waits until something holds; a test's own limit, no timing claim."""
     end = time.monotonic() + seconds
     while not is_there():
