@@ -137,6 +137,11 @@ class PruneArguments:
         self.shard_bytes()
         self.num_params()
 
+    def trackers(self) -> list[str]:
+        """Names of --track, in lower case."""
+        names = [name.strip().lower() for name in (self.track or "").split(",")]
+        return [name for name in names if name]
+
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             flag = name.replace("_", "-")

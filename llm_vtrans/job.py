@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -63,6 +64,7 @@ from llm_vtrans.scoring import token_perplexity
 from llm_vtrans.training import (
     INITIAL_LOG_VAR,
     MaskObjective,
+    Progress,
     TrainingSettings,
     complete_layers,
     initial_shapes,
@@ -72,6 +74,7 @@ from llm_vtrans.training import (
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
+TRACKING_FOLDER = "tracking"  # beside the results, for trackers that write files
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 FREE_SETTINGS = {  # a resumed run may have others
@@ -88,6 +91,22 @@ def is_finished(args: PruneArguments) -> bool:
     found = json.loads((folder / MANIFEST_FILE).read_text())["settings"]
     now = asdict(args)
     return all(found[key] == now[key] for key in found.keys() & now.keys() - FREE_SETTINGS)
+
+
+def _trackers(args: PruneArguments) -> list[str]:
+    """Accelerate's trackers that `--track` names.
+
+    Raises:
+        UserError: one of them is unknown or not installed.
+    """
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in args.trackers():
+        if name not in available:
+            raise UserError(
+                f"--track {name}: not installed; there are {', '.join(available) or 'none'} "
+                "(pip install tensorboard, wandb, ...)"
+            )
+    return args.trackers()
 
 
 @dataclass
@@ -141,6 +160,8 @@ class Job:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
+            log_with=_trackers(args),
+            project_dir=args.output_folder().parent / TRACKING_FOLDER,
         )
         set_seed(args.seed)
         check_form(args.load_in, accelerator)
@@ -312,6 +333,9 @@ class Job:
     def train(self) -> None:
         """Trains the masks from `first_step` to the end."""
         extra = {} if self.basis is None else {"rotation": self.basis}
+        if self.args.track:
+            settings = {k: str(v) for k, v in asdict(self.args).items()}
+            self.accelerator.init_trackers(self.output.path.name, settings)
 
         def save(step: int) -> None:
             if self.accelerator.is_main_process:
@@ -328,14 +352,21 @@ class Job:
                 self.accelerator,
                 self.settings,
                 self.first_step,
-                lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
+                self._report,
                 save,
                 self.preemption,
             )
             if num_done == self.settings.num_steps:
                 save(num_done)
             self.accelerator.wait_for_everyone()
+        if self.preemption.received is not None:
+            self.accelerator.end_training()
         self.preemption.check()
+
+    def _report(self, progress: Progress) -> None:
+        """Tells of a logged step wherever it is to be told."""
+        self.reporter.progress(self.output.path / STATE_FOLDER, progress)
+        self.accelerator.log(progress.metrics, step=progress.step)
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
