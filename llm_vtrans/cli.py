@@ -15,8 +15,15 @@ def _prune(arguments: list[str]) -> None:
     prune(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    from llm_vtrans.plan import plan
+
+    plan(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
+    "plan": (_plan, "tell from a config what a run would take, and how to launch it"),
 }
 
 

@@ -93,7 +93,7 @@ def is_finished(args: PruneArguments) -> bool:
     return all(found[key] == now[key] for key in found.keys() & now.keys() - FREE_SETTINGS)
 
 
-def _trackers(args: PruneArguments) -> list[str]:
+def _trackers(args: PruneArguments) -> list[str] | None:
     """Accelerate's trackers that `--track` names.
 
     Raises:
@@ -106,7 +106,7 @@ def _trackers(args: PruneArguments) -> list[str]:
                 f"--track {name}: not installed; there are {', '.join(available) or 'none'} "
                 "(pip install tensorboard, wandb, ...)"
             )
-    return args.trackers()
+    return args.trackers() or None
 
 
 @dataclass
@@ -146,6 +146,7 @@ class Job:
     objective: MaskObjective = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     plan: PrunePlan = field(init=False)
+    masks: VIBMasks = field(init=False)
     first_step: int = 0
 
     @classmethod
@@ -392,6 +393,9 @@ class Job:
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
         is_main, hashes = self.accelerator.is_main_process, {}
+        self.masks = self.objective.masks
+        del self.masked, self.objective, self.optimizer
+        self.accelerator.free_memory()  # the dense model goes before its successor is loaded
         with self.output if is_main else nullcontext(Path()) as folder:
             if is_main:
                 hashes = self._write_weights(folder)
@@ -415,7 +419,7 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                self.objective.masks,
+                self.masks,
                 plan_tensors(self.plan, self.basis),
                 self.source.checkpoint.sha256(),
             )

@@ -6,9 +6,8 @@ itself holds, and how much of an activation the backward pass keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.distillation import CHUNK_LOGITS
@@ -59,7 +58,7 @@ class Memory:
     Attributes:
         load: the weights and a tensor on its way.
         train: weights, activations, masks.
-        export: rank zero's, above the loaded model.
+        export: rank zero's, writing and then loading the result.
     """
 
     load: int
@@ -126,7 +125,7 @@ def num_masks(architecture: Architecture) -> int:
 
 
 def estimate_memory(
-    architecture: Architecture, vocab_size: int, work: Workload, base: int
+    architecture: Architecture, vocab_size: int, work: Workload, base: int, kept_share: float
 ) -> Memory:
     """Peak memory of one rank.
 
@@ -135,6 +134,7 @@ def estimate_memory(
         vocab_size: logits of a token.
         work: how the run is set up.
         base: bytes that the process holds before it loads anything.
+        kept_share: of the weights, in the result.
     """
     weights = base + weight_bytes(architecture, work)
     largest = max(prod(spec.shape) for spec in architecture.tensors)
@@ -146,12 +146,13 @@ def estimate_memory(
     # Perplexity of the held-out windows takes all logits of a batch in the model's dtype.
     scored = work.tokens * vocab_size * work.dtype_bytes
     train = max(int(kept) + chunk * 4 * LOGIT_COPIES + state, scored)
-    # A basis of the stream in float32 and float64, and a matrix in float32 with its rotation.
-    export = 3 * 4 * hidden**2 + 3 * 4 * largest
+    # Written with a matrix in float32 and its rotation; then the result is loaded and scored.
+    result = kept_share * weight_bytes(architecture, replace(work, form="full"))
+    export = max(4 * hidden**2 + 3 * 4 * largest, int(result) + gathered + scored)
     return Memory(
         load=weights + work.dtype_bytes * largest,
         train=weights + gathered + train,
-        export=weights + export,
+        export=base + export,
     )
 
 
@@ -167,8 +168,3 @@ def training_flops(architecture: Architecture, work: Workload, num_samples: int)
 def describe_bytes(count: float) -> str:
     """Gibibytes with two digits."""
     return f"{count / GIB:.2f} GiB"
-
-
-def dtype_bytes(config: Any) -> int:
-    """Bytes of a parameter as the config states it, two if it does not."""
-    return {"float32": 4, "torch.float32": 4}.get(str(getattr(config, "dtype", None)), 2)

@@ -40,10 +40,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """A random model whose norms and biases are far from their trivial initial values."""
     torch.manual_seed(seed)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
+    config = config or type(CONFIGS[name])(**CONFIGS[name].to_dict())
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tests.runs import ROOT
@@ -42,7 +43,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 300) -> None:
+def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 600) -> None:
     """Waits until something holds; a test's own limit, no timing claim."""
     end = time.monotonic() + seconds
     while not is_there():
@@ -92,6 +93,10 @@ class Cluster:
         wait_for("two idle nodes", lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D") == "2")
 
     def stop(self) -> None:
+        """Cancels what a failed test has left, then ends the daemons."""
+        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
+        with suppress(AssertionError):
+            wait_for("an empty queue", lambda: not self("squeue", "-h"), 60)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -110,7 +115,7 @@ class Cluster:
         done = subprocess.run(
             command, env={**self.environment, **more}, cwd=ROOT, text=True, capture_output=True
         )
-        assert done.returncode == 0 or command[0] == "sinfo", done.stderr
+        assert done.returncode == 0 or command[0] in ("sinfo", "squeue"), done.stderr
         return done.stdout.strip()
 
     def job(self, number: str) -> Mapping[str, str]:

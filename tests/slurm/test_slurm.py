@@ -22,7 +22,7 @@ MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         bool(MISSING), reason=f"no {', '.join(MISSING)}: tests/slurm/setup.sh installs them"
     ),
@@ -62,7 +62,7 @@ def wait_for_state(cluster: Cluster, number: str, state: str, folder: Path) -> N
         assert found == state or found not in ends, (found, log(folder), cluster.log())
         return found == state
 
-    wait_for(f"{state} of job {number}", is_there, 300)
+    wait_for(f"{state} of job {number}", is_there)
 
 
 def ranks(folder: Path) -> list[int]:
