@@ -7,6 +7,7 @@ alone, so nothing else changes, and the export is cut from the full-precision sh
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def set_quantised(
     """
     import bitsandbytes.nn as bnb
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product else
     module: Any = model.get_submodule(path)
     is_fresh = not isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt)
     sizes, has_bias = (module.in_features, module.out_features), module.bias is not None

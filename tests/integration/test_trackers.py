@@ -10,6 +10,7 @@ from llm_vtrans.prune import prune
 from tests.runs import flags, write_inputs
 
 
+@pytest.mark.tensorboard
 def test_tensorboard_offline(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the tensorboard library")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from shutil import copytree
 
@@ -78,9 +79,15 @@ def ranks(folder: Path) -> list[int]:
     return found
 
 
-def has_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process will receive a signal once it goes on."""
-    status = Path(f"/proc/{pid}/status").read_text()
+def has_heard(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process will receive a signal once it goes on, or has and is gone.
+
+    SLURM's daemon lets a stopped process go on by itself when it sends a signal.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
     masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", status, re.MULTILINE)
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
@@ -120,10 +127,11 @@ def test_time_limit_requeues_and_resumes(cluster: Cluster, uninterrupted: Path, 
     hours, minutes, _ = map(int, cluster.job(number)["RunTime"].split(":"))
     cluster("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 2}")
     try:
-        wait_for("the signal", lambda: all(has_pending(pid, signal.SIGUSR1) for pid in stopped))
+        wait_for("the signal", lambda: all(has_heard(pid, signal.SIGUSR1) for pid in stopped))
     finally:
         for pid in stopped:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
     wait_for("the requeue", lambda: cluster.job(number)["Restarts"] != "0")
     assert "stopped by SIGUSR1; --resume continues" in log(work)
     assert 0 < saved_step(work) < NUM_STEPS
