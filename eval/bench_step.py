@@ -26,11 +26,12 @@ from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, Limit, complete, dense_shape, parameter_cost
+from llm_vtrans.distillation import SelfDistillation, distillation_loss
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
-from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
+from llm_vtrans.training import Objective, TrainingSettings
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 
@@ -53,9 +54,10 @@ class Bench:
         masked = MaskedModel(self.model, architecture, tuning)
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
         limits = (Limit(cost, Budget("params", dense // 2, dense)),)
-        self.objective = SearchObjective(masked, masks, limits, settings).to(self.device)
+        distillation = SelfDistillation(masked)
+        self.objective = SearchObjective(distillation, masks, limits, settings).to(self.device)
         ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
-        self.tune_objective = TuneObjective(masked, ones, 0.0, settings).to(self.device)
+        self.tune_objective = TuneObjective(distillation, ones, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)

@@ -18,6 +18,7 @@ STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMS = ("full", "4bit", "8bit")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -108,6 +109,18 @@ class PruneArguments:
         "auto", "Dtype to compute in. auto: float32 on CPU, bfloat16 on GPU.", DTYPES
     )
     export_dtype: str = _option("auto", "Dtype to write. auto: the dense checkpoint's.", DTYPES)
+    gradient_checkpointing: bool = _option(
+        False, "Recompute each layer in the backward pass: less memory, a third more time."
+    )
+    load_in: str = _option(
+        "full",
+        "Form of the frozen weights during training: full (--dtype), or 4bit or 8bit by "
+        "bitsandbytes. The export is cut from the full-precision shards in any case.",
+        LOAD_FORMS,
+    )
+    track: str | None = _option(
+        None, "Where to send metrics as well: tensorboard, wandb and others, separated by commas."
+    )
     masks: str | None = _option(
         None, "Earlier run whose trained masks serve this budget, instead of training."
     )
@@ -159,6 +172,11 @@ class PruneArguments:
         self.shard_bytes()
         self.num_params()
         self.num_macs(1)
+
+    def trackers(self) -> list[str]:
+        """Names of --track, in lower case."""
+        names = [name.strip().lower() for name in (self.track or "").split(",")]
+        return [name for name in names if name]
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:

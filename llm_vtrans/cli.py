@@ -57,8 +57,15 @@ def _publish(arguments: list[str]) -> None:
     publish(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    from llm_vtrans.plan import plan
+
+    plan(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "prune": (_prune, "train masks under a budget and write the pruned checkpoint"),
+    "plan": (_plan, "tell from a config what a run would take, and how to launch it"),
     "export": (_export, "write another size from a run's masks, without training"),
     "score": (_score, "perplexity and harness tasks, beside a dense baseline"),
     "report": (_report, "write the HTML report of a run, or several runs side by side"),

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import Preempted, UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         arguments: those arguments.
 
     Returns:
-        0; 2 for a `UserError` or a full or read-only disk, told in one line; 130 if interrupted.
+        0; 2 for a `UserError` or a full or read-only disk, told in one line; 75 if a scheduler
+        asked it to go (`Preempted`): the same command with --resume goes on; 130 if interrupted.
     """
     try:
         command(arguments)
@@ -47,6 +48,9 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         return _tell(f"{error.filename or 'output'}: {error.strerror}; free space or permissions")
+    except Preempted as preempted:
+        _tell(str(preempted))
+        return PREEMPTED
     except KeyboardInterrupt:
         _tell("interrupted; --resume continues from the last saved state")
         return INTERRUPTED

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_vtrans.attachment import MaskedModel, presence
+from llm_vtrans.attachment import presence
 from llm_vtrans.budget import Lagrangian, Limit, complete
+from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
 from llm_vtrans.tasks.encoding import Batch, inputs_of
-from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
+from llm_vtrans.training import Objective, TrainingSettings
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the stage
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
@@ -27,7 +28,7 @@ class SearchObjective(Objective):
     network that has adapted.
 
     Args:
-        masked: frozen model with gates and tuning.
+        distillation: of the frozen model with gates and tuning.
         masks: the trained gates.
         limits: budgets; the one that is furthest from its target drives the masks.
         settings: of the loop.
@@ -35,15 +36,16 @@ class SearchObjective(Objective):
 
     def __init__(
         self,
-        masked: MaskedModel,
+        distillation: SelfDistillation,
         masks: VIBMasks,
         limits: tuple[Limit, ...],
         settings: TrainingSettings,
     ):
         super().__init__()
-        self.masked, self.masks = masked, masks
+        self.distillation, self.masked = distillation, distillation.masked
+        self.tuning, self.masks = self.masked.tuning, masks
         self.limits, self.settings = limits, settings
-        self.lagrangian = Lagrangian()
+        self.lagrangian = Lagrangian().to(next(masks.parameters()).device)
         self.stage = range(settings.search_steps)
         self._starts = self._initial_sparsity().tolist()
 
@@ -59,13 +61,12 @@ class SearchObjective(Objective):
         inputs = inputs_of(batch)
         generator = torch.Generator(inputs["input_ids"].device)
         generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teacher = self.masked(inputs)
         gates = complete_layers(self.masks.sample(generator), architecture)
         there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
-        self.masked.set_gates({**gates, **there})
-        distillation = distillation_loss(self.masked(inputs), teacher)
+        gates = {**gates, **there}
+        distillation = self.distillation(
+            inputs, lambda: self.masked.set_gates(None), lambda: self.masked.set_gates(gates)
+        )
         keep = self.masks.keep_probability(sharpness_at(self.progress(step)))
         sparsity = self.expected_sparsity(keep)
         target = sparsity.new_tensor(self.targets(step))
@@ -125,7 +126,7 @@ class SearchObjective(Objective):
             "maximize": True,
         }
         masks = {"params": list(self.masks.parameters()), "peak": self.settings.learning_rate}
-        return torch.optim.Adam([multipliers, masks, *self.masked.tuning.parameter_groups()])
+        return torch.optim.Adam([multipliers, masks, *self.tuning.parameter_groups()])
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Lets all rates decay linearly to zero but that of the multipliers."""

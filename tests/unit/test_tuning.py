@@ -6,7 +6,9 @@ from accelerate import Accelerator
 
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import complete
+from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.families import Architecture, Axis, family_for
+from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training import TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
@@ -75,7 +77,7 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     architecture = architecture_of(name)
     masked = MaskedModel(tiny_model(name), architecture, fresh(name))
     settings = TrainingSettings(0, 60, 8, 1, 0.1, 0.0, 0, 100, 100, True)
-    objective = TuneObjective(masked, halved(architecture), 0.5, settings)
+    objective = TuneObjective(SelfDistillation(masked), halved(architecture), 0.5, settings)
     unseen = {"input_ids": tokens(520)[480:]}
 
     def loss() -> float:
@@ -93,6 +95,7 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
         0,
         lambda progress: None,
         saved.append,
+        Preemption(),
     )
     assert saved == [60]
     assert loss() < 0.9 * before
