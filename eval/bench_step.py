@@ -26,7 +26,8 @@ from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, Limit, complete, dense_shape, parameter_cost
-from llm_vtrans.distillation import SelfDistillation, distillation_loss
+from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
@@ -51,13 +52,15 @@ class Bench:
         self.model = load_model(source, dtype, self.device)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
         tuning = Tuning(architecture, source.family.rotates)
-        masked = MaskedModel(self.model, architecture, tuning)
+        student = SelfDistillation(MaskedModel(self.model, architecture, tuning))
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
         limits = (Limit(cost, Budget("params", dense // 2, dense)),)
-        distillation = SelfDistillation(masked)
-        self.objective = SearchObjective(distillation, masks, limits, settings).to(self.device)
+        self.objective = SearchObjective(student, masks, limits, settings).to(self.device)
         ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
-        self.tune_objective = TuneObjective(distillation, ones, 0.0, settings).to(self.device)
+        half = ones["hidden"].clone()
+        half[::2] = 0  # as a plan of half the size has it
+        ones["hidden"] = half
+        self.tune_objective = TuneObjective(student, ones, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)
@@ -90,10 +93,12 @@ class Bench:
 
     def search_step(self) -> Tensor:
         """A whole step of the mask search."""
+        self.tune_objective.masked.tuning.is_on = False
         return self._step(self.objective, self.optimizer, 0)
 
     def tune_step(self) -> Tensor:
         """A whole step of the tuning that follows."""
+        self.tune_objective.masked.tuning.is_on = True
         return self._step(self.tune_objective, self.tune_optimizer, 1)
 
     def _step(self, objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> Tensor:

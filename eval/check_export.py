@@ -2,7 +2,8 @@
 
     python eval/check_export.py --run RUN --model DENSE [--python OTHER/bin/python]
 
-The hard-masked model is rebuilt here from the dense checkpoint and `masks.safetensors`; the
+The hard-masked, tuned model (weights frozen) is rebuilt here from the dense checkpoint and
+`masks.safetensors`; the
 pruned one is loaded by `transformers` alone, in a process that never imports `llm_vtrans`,
 with another interpreter if one is named. Both in float32, on the same random tokens.
 """
@@ -28,6 +29,7 @@ from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.loading import load_model, open_source, untie_head
 from llm_vtrans.manifest import read_masks
 from llm_vtrans.rotation import rotate_model, rotated_architecture
+from llm_vtrans.tuning import Tuning
 
 LOADER = """
 import json, sys
@@ -61,7 +63,10 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
         rotate_model(model, architecture, saved["rotation"])
     gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
     keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
-    masked = MaskedModel(model, architecture)
+    tuning = Tuning(architecture, has_maps="rotation" in saved)
+    tuning.load_state_dict({name: saved[f"tuned.{name}"] for name in tuning.state_dict()})
+    tuning.is_on = True
+    masked = MaskedModel(model, architecture, tuning)
     basis = HeadBasis.saved(saved)
     head_dim = None if basis is None else basis.width
     masked.set_gates(PrunePlan(keep, complete(gate, architecture), head_dim, basis).hard())

@@ -14,4 +14,4 @@ if ((threads)); then
     flags+=(--cpu --num_cpu_threads_per_process "$threads")
 fi
 exec .venv/bin/accelerate launch "${flags[@]}" llm_vtrans/prune.py \
-    --output runs/demo --overwrite "$@"
+    --output runs/demo --overwrite --samples 2400 "$@"

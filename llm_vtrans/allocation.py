@@ -9,7 +9,7 @@ feasible one with the largest summed benefit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -88,7 +88,7 @@ class Problem:
         also: further limits, each of which must hold.
         head_retention: `(head_dim,)`, what a head is still worth with its first i + 1
             dimensions, for layouts that prune inside heads; None counts them alike.
-        hidden_size: the only one allowed; None leaves it open.
+        fixed: the only number of units allowed, of the axes that it names.
     """
 
     architecture: Architecture
@@ -98,7 +98,7 @@ class Problem:
     is_uniform: bool
     also: tuple[Limit, ...] = ()
     head_retention: Tensor | None = None
-    hidden_size: int | None = None
+    fixed: Mapping[Axis, int] = field(default_factory=dict)
 
     @property
     def limits(self) -> tuple[Limit, ...]:
@@ -139,8 +139,8 @@ class Problem:
         units = self.architecture.num_units[axis]
         if not is_pruned:
             return [units]
-        if axis is Axis.HIDDEN and self.hidden_size is not None:
-            return [self.hidden_size]
+        if axis in self.fixed:
+            return [self.fixed[axis]]
         step = self.multiple(axis)
         return sorted({*range(step, units, step), units})
 
@@ -225,7 +225,8 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
             shapes.append(_uniform_shape(int(hidden[i]), heads, ffn, kept, width))
     if not shapes:
         raise UserError(
-            f"hidden_size {problem.hidden_size}: no number of heads divides it in this family"
+            f"no number of heads divides {hidden.tolist()[:9]}, as this family's stock config "
+            "demands: use --layout per-layer"
         )
     for limit in problem.limits:
         budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)

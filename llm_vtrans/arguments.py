@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +17,13 @@ from llm_vtrans.errors import UserError
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params")  # they exclude each other
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
+VARIANTS = ("faster", "fast", "vtrans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMS = ("full", "4bit", "8bit")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
+STEP_TOKENS = 2048  # per rank and micro-batch
+NUM_STEPS = {"faster": 450, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -75,16 +78,45 @@ class PruneArguments:
         "Multiply-accumulates of one sequence of --seq-len tokens to keep at most: a share of the "
         "dense model's below 1, or a number such as 1.2T. With --sparsity or --params both hold.",
     )
-    samples: int = _option(2400, "Calibration sequences to train on.")
+    variant: str = _option(
+        "faster",
+        "faster: the weights are frozen. vtrans: they are trained with the masks, then alone, "
+        "distilling from the dense model. fast: the same on a share of the data.",
+        VARIANTS,
+    )
+    data_fraction: float | None = _option(
+        None,
+        "Share of the data that --variant fast uses, and of --samples that it trains on; the "
+        "seed picks it. Default 0.03.",
+    )
+    weight_learning_rate: float = _option(
+        5e-5, "Largest learning rate of weights that are trained."
+    )
+    temperature: float = _option(
+        2.0, "Of the distributions compared where weights are trained: above 1 it softens them."
+    )
+    schedule: str = _option(
+        "linear",
+        "How the sparsity aimed at rises to the budget: linear over the first tenth (above 60%: "
+        "fifth) of the steps, or cubic over their first half.",
+        ("linear", "cubic"),
+    )
+    samples: int = _option(
+        0,
+        "Calibration sequences to train on, of which --variant fast takes its share. 0, the "
+        "default: enough for 450 optimizer steps, 10,000 of vtrans and of fast's whole.",
+    )
     tune_share: float = _option(
-        0.5,
+        1 / 3,
         "Share of the samples that is used after the units are picked, to tune the stream's basis "
         "and a factor at every gate for them. 0: none.",
     )
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
-    batch_size: int = _option(8, "Sequences per rank and micro-batch.")
+    batch_size: int = _option(
+        0, "Sequences per rank and micro-batch. 0, the default: as many as make up 2,048 tokens."
+    )
     gradient_accumulation: int = _option(1, "Micro-batches per optimizer step.")
     seed: int = _option(0, "Seed of masks, noise and data order.")
     learning_rate: float = _option(0.1, "Learning rate of the masks, decaying linearly to zero.")
@@ -148,7 +180,10 @@ class PruneArguments:
                 f"--sparsity must be in (0, 1), got {self.sparsity}: it is the share of all "
                 "parameters that is removed, so 0.3 keeps 70%"
             )
-        for name in ("samples", "batch_size", "gradient_accumulation", "save_every", "log_every"):
+        self._check_variant()
+        for name in ("samples", "batch_size"):
+            self._at_least(name, 0)
+        for name in ("gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
         self._at_least("seed", 0)
         if self.seed >= 2**32:
@@ -163,9 +198,10 @@ class PruneArguments:
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.kl_weight < float("inf"):
             raise UserError(f"--kl-weight must not be negative, got {self.kl_weight}")
-        if self.samples < self.global_batch(1):
+        if self.samples and self.batch_size and self.num_samples() < self.global_batch(1):
+            share = f" x --data-fraction {self.fraction}" if self.fraction < 1 else ""
             raise UserError(
-                f"--samples {self.samples} does not fill one step of --batch-size "
+                f"--samples {self.samples}{share} does not fill one step of --batch-size "
                 f"{self.batch_size} x --gradient-accumulation {self.gradient_accumulation}"
             )
         self.structures()
@@ -178,13 +214,66 @@ class PruneArguments:
         names = [name.strip().lower() for name in (self.track or "").split(",")]
         return [name for name in names if name]
 
+    def _check_variant(self) -> None:
+        """Checks and fills what depends on the variant."""
+        if self.variant == "fast":
+            self.data_fraction = 0.03 if self.data_fraction is None else self.data_fraction
+        elif self.data_fraction is not None:
+            raise UserError(
+                f"--data-fraction {self.data_fraction} belongs to --variant fast, not to "
+                f"{self.variant}: use --samples to train on fewer"
+            )
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"--data-fraction must be in (0, 1], got {self.data_fraction}")
+        for name in ("weight_learning_rate", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be positive, got {getattr(self, name)}")
+        if not self.trains_weights:
+            return
+        if self.masks is not None:
+            raise UserError(
+                f"--masks {self.masks} serves frozen weights, --variant {self.variant} trains "
+                "weights with masks of their own: leave one of them out"
+            )
+        if self.dtype == "float16":
+            raise UserError(
+                f"--dtype float16: gradients of the weights that --variant {self.variant} trains "
+                "would underflow; take bfloat16 or float32"
+            )
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the variant trains the weights."""
+        return self.variant != "faster"
+
+    @property
+    def fraction(self) -> float:
+        """Share of the data that is used."""
+        return 1.0 if self.data_fraction is None else self.data_fraction
+
+    def num_samples(self) -> int:
+        """Sequences to train on, repeated ones counted, once `filled`."""
+        return share_of(self.samples, self.fraction)
+
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least {least}, got {getattr(self, name)}")
 
+    def filled(self, seq_len: int, num_ranks: int) -> PruneArguments:
+        """These options with the defaults that depend on the model and the launch.
+
+        Args:
+            seq_len: tokens in a sequence.
+            num_ranks: processes of the launch.
+        """
+        args = replace(self, batch_size=self.batch_size or max(1, STEP_TOKENS // seq_len))
+        whole = NUM_STEPS[self.variant] * args.global_batch(num_ranks)
+        return replace(args, samples=args.samples or whole)
+
     def global_batch(self, num_ranks: int) -> int:
-        """Sequences per optimizer step over all ranks."""
+        """Sequences per optimizer step over all ranks, once `filled`."""
         return self.batch_size * self.gradient_accumulation * num_ranks
 
     def structures(self) -> tuple[str, ...]:
@@ -231,6 +320,11 @@ class PruneArguments:
         budget = [self.params or (f"{self.sparsity:g}" if self.sparsity else "")]
         budget += [f"{self.macs}macs"] if self.macs else []
         return Path("runs") / "-".join([Path(self.model).name, *filter(None, budget)])
+
+
+def share_of(num: int, fraction: float) -> int:
+    """A share of some examples, one at least."""
+    return max(1, round(fraction * num))
 
 
 def _number(text: str) -> float:

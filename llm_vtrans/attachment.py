@@ -70,6 +70,16 @@ def apply_gate(x: Tensor, gate: Tensor) -> Tensor:
     return gated
 
 
+def apply_map(x: Tensor, matrix: Tensor) -> Tensor:
+    """Maps activations, gates folded into the map: that is small, the activations are not.
+
+    Args:
+        x: `(..., width)` in the model's dtype.
+        matrix: `(width, width)` float32.
+    """
+    return nn.functional.linear(x, matrix.to(x.dtype))
+
+
 def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tensor:
     """LayerNorm over the dimensions that are present, and zero in the others.
 
@@ -93,7 +103,7 @@ class MaskedModel(nn.Module):
     Args:
         model: the library's model; its parameters are frozen here.
         architecture: its tensor table.
-        tuning: acts where gates are set; None leaves the gates alone.
+        tuning: acts where gates are set and it is on; None leaves the gates alone.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
@@ -188,9 +198,10 @@ class MaskedModel(nn.Module):
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             if self._gates is None:
                 return None
-            scale = self.tuning.scale(path, OUTPUT)
-            output = output if scale is None else apply_gate(output, scale)
-            return self.tuning.map(output, READ)
+            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(READ)
+            if matrix is not None:
+                return apply_map(output, matrix if scale is None else matrix * scale)
+            return None if scale is None else apply_gate(output, scale)
 
         return hook
 
@@ -205,8 +216,10 @@ class MaskedModel(nn.Module):
             if part is not None and "layers" in gates:
                 gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
-            output = self.tuning.map(output, WRITE)
-            return output if factor is None else apply_gate(output, factor)
+            matrix = self.tuning.map(WRITE)
+            if matrix is not None:
+                return apply_map(output, matrix if factor is None else factor[:, None] * matrix)
+            return None if factor is None else apply_gate(output, factor)
 
         return hook
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_vtrans.arguments import share_of
 from llm_vtrans.embedded.corpus import heldout_documents, training_documents
 from llm_vtrans.errors import UserError
 
@@ -54,12 +55,13 @@ class Calibration:
 
 
 def calibrate(
-    source: TextSource, tokenizer: Any, num_samples: int, seq_len: int, seed: int
-) -> Calibration:
+    source: TextSource, tokenizer: Any, num_samples: int, seq_len: int, seed: int,
+    fraction: float = 1.0,
+) -> Calibration:  # fmt: skip
     """Packs text into windows without padding.
 
-    Neighbouring documents stay together in passages of a few windows; passages are
-    shuffled by the seed. The embedded text brings held-out documents of its own; from
+    Neighbouring documents stay together in passages of a few windows; passages, and then
+    windows, are shuffled by the seed. The embedded text brings held-out documents of its own; from
     any other source a share of the passages is set apart first.
 
     Args:
@@ -68,6 +70,8 @@ def calibrate(
         num_samples: windows to train on.
         seq_len: tokens in a window.
         seed: of the shuffle.
+        fraction: share of these windows that is kept to train on; which, the seed decides. What
+            is held out stays the same.
 
     Raises:
         UserError: no such data or field, or too few tokens.
@@ -79,6 +83,7 @@ def calibrate(
     if source.data != EMBEDDED:
         share = max(1, len(passages) // HELDOUT_SHARE)
         heldout_passages, train_passages = passages[:share], passages[share:]
+    num_samples = share_of(num_samples, fraction)
     train = _pack(train_passages, tokenizer, num_samples, seq_len)
     heldout = _pack(heldout_passages, tokenizer, num_heldout, seq_len)
     if len(train) < num_samples and source.data == EMBEDDED and len(train):
@@ -89,7 +94,9 @@ def calibrate(
             f"{len(heldout) * seq_len:,} held out, but --samples {num_samples} x --seq-len "
             f"{seq_len} needs {num_samples * seq_len:,}: lower --samples or bring more text"
         )
-    return Calibration(train, heldout)
+    # Neighbours of one passage tell nearly the same: spread over steps, gradients are less noisy.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return Calibration(train[order], heldout)
 
 
 def documents(source: TextSource) -> Iterator[str]:

@@ -6,23 +6,25 @@ hard-masked network is the truth, and a forward pass of a few batches tells it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
-from llm_vtrans.allocation import Problem, PrunePlan, allocate_scores, scores_and_gates
+from llm_vtrans.allocation import TOLERANCE, Problem, PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
 
-HIDDEN_RATIOS = (0.85, 0.9, 0.95, 1.05, 1.1, 1.15)  # of the hidden size of largest benefit
+HIDDEN_RATIOS = (0.92, 1.0, 1.08)  # of the sizes of largest benefit
+HEADS_RATIOS = (0.85, 1.0, 1.15)
 
 
 def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
     """The plan of largest benefit first, then its neighbours within the same budget.
 
-    Neighbours have another hidden size, so more or fewer heads and FFN units, or keep the
-    layers that the masks would remove.
+    Neighbours have another hidden size, in the stock layout another number of heads, or
+    keep the layers that the masks would remove; FFN units make up for it.
 
     Args:
         masks: trained masks.
@@ -34,16 +36,41 @@ def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
     scores, gate = scores_and_gates(masks)
     best = allocate_scores(scores, gate, problem)
     yield best
-    shallow = bool((~best.present).any())
-    whole = {name: score for name, score in scores.items() if name != "layers"}
-    allowed = problem.counts(Axis.HIDDEN, Axis.HIDDEN in scores)
-    for chosen in (scores, whole) if shallow and whole else (scores,):
-        sizes = {min(allowed, key=lambda n: abs(n - r * best.shape.hidden)) for r in HIDDEN_RATIOS}
-        if chosen is whole:
-            sizes.add(best.shape.hidden)
-        for size in sorted(sizes - ({best.shape.hidden} if chosen is scores else set())):
-            with suppress(UserError):  # this size may not fit the budget
-                yield allocate_scores(chosen, gate, replace(problem, hidden_size=size))
+    ways = [scores]
+    if not bool(best.present.all()) and len(scores) > 1:
+        ways.append({name: score for name, score in scores.items() if name != "layers"})
+    sizes = _near(problem, Axis.HIDDEN, best.shape.hidden, HIDDEN_RATIOS, scores)
+    heads = _near(problem, Axis.HEADS, max(best.shape.heads), HEADS_RATIOS, scores)
+    for way, size, num_heads in product(ways, sizes, heads if problem.is_uniform else [None]):
+        fixed = {Axis.HIDDEN: size}
+        if num_heads is not None:
+            fixed[Axis.HEADS] = num_heads
+        with suppress(UserError):  # these sizes may not fit the budget
+            plan = allocate_scores(way, gate, replace(problem, fixed=fixed))
+            if _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE):
+                yield plan
+
+
+def _used(plan: PrunePlan, problem: Problem) -> float:
+    """Share of the tightest budget that a plan uses."""
+    return max(limit.cost.of(plan.shape) / limit.budget.target for limit in problem.limits)
+
+
+def _near(
+    problem: Problem, axis: Axis, count: int, ratios: tuple[float, ...], pruned: Container[str]
+) -> list[int]:
+    """Allowed numbers of units near these multiples of `count`, at least the next ones."""
+    allowed = problem.counts(axis, axis in pruned)
+    place = min(range(len(allowed)), key=lambda i: abs(allowed[i] - count))
+    found = {allowed[place]}
+    for ratio in ratios:
+        if ratio != 1:
+            near = min(range(len(allowed)), key=lambda i: abs(allowed[i] - ratio * count))
+            step = 1 if ratio > 1 else -1
+            near = near if near != place else place + step
+            if 0 <= near < len(allowed):
+                found.add(allowed[near])
+    return sorted(found)
 
 
 def choose(

@@ -9,6 +9,7 @@ memory, and they stay as long as anything refers to the mapping.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,6 +47,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_MAX_SIZE = 2**63 - 1  # of a dimension, and of a tensor's bytes
+_MAX_DIMS = 64
 _SAMPLE_BYTES = 4096
 _DOWNLOAD_AGAIN = "download or save the checkpoint again"
 
@@ -98,8 +101,9 @@ class Checkpoint:
                 f"{folder}: no such folder; the model must be a local checkpoint folder "
                 "(a model of the hub is fetched by `hf download NAME --local-dir FOLDER`)."
             )
+        _check_links(folder)
         config = _read_json_object(folder / "config.json")
-        if (folder / SINGLE_FILE).exists():
+        if os.path.lexists(folder / SINGLE_FILE):
             return cls(folder, config, _read_header(folder / SINGLE_FILE))
         if not (folder / INDEX_FILE).exists():
             raise UserError(_no_weights_message(folder))
@@ -148,7 +152,8 @@ class Checkpoint:
         """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name, info in sorted(self.tensors.items()):
-            digest.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
+            line = f"\n{name} {info.dtype} {info.shape}\n"
+            digest.update(line.encode(errors="surrogatepass"))
             sample = _read_bytes(info, 0, min(info.num_bytes, _SAMPLE_BYTES))
             digest.update(sample.numpy().data)
         return digest.hexdigest()
@@ -171,8 +176,33 @@ def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
     return data
 
 
+def _check_links(folder: Path) -> None:
+    """No file may be a link that leads away: what it leads to would be read, copied, published.
+
+    The hub's cache alone consists of links, from `snapshots/REVISION` to `blobs`.
+    """
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    for path in folder.iterdir():
+        if path.is_symlink() and not any(map(path.resolve().is_relative_to, allowed)):
+            raise UserError(
+                f"{path}: is a link that leads out of the checkpoint; put the file itself there."
+            )
+
+
+def _check_file(path: Path, most_bytes: int | None = None) -> None:
+    """A pipe or a device would be read for ever, a text of any size into memory."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be read, it is no regular file; {_DOWNLOAD_AGAIN}.")
+    if most_bytes is not None and path.exists() and path.stat().st_size > most_bytes:
+        raise UserError(f"{path}: is larger than {most_bytes:,} bytes; {_DOWNLOAD_AGAIN}.")
+
+
 def _read_json_object(path: Path) -> dict[str, Any]:
     """Parse a JSON file that must hold one object."""
+    _check_file(path, _MAX_HEADER_BYTES)
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -238,7 +268,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
             or not file_name.endswith(".safetensors")
         ):
             raise UserError(
-                f"{path}: {file_name!r} (of {name}) is not the plain name of a safetensors "
+                f"{path}: {_shown(file_name)} (of {name}) is not the plain name of a safetensors "
                 f"file in this folder; {_DOWNLOAD_AGAIN}."
             )
         if not (path.parent / file_name).is_file():
@@ -250,6 +280,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file; the whole layout is checked, the data not read."""
+    _check_file(path)
     try:
         with path.open("rb") as file:
             file_size = path.stat().st_size
@@ -298,17 +329,21 @@ def _tensor_info(path: Path, data_start: int, name: str, entry: Any) -> TensorIn
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise UserError(
-            f"{path}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}, which must "
-            f"be lists of sizes; {_DOWNLOAD_AGAIN}."
+            f"{path}: tensor {name} has shape {_shown(shape)} and data_offsets "
+            f"{_shown(offsets)}, which must be lists of sizes; {_DOWNLOAD_AGAIN}."
         )
     dtype = DTYPES.get(str(fields.get("dtype")))
     if dtype is None:
         raise UserError(
-            f"{path}: tensor {name} has dtype {fields.get('dtype')!r}; known are "
+            f"{path}: tensor {name} has dtype {_shown(fields.get('dtype'))}; known are "
             f"{', '.join(DTYPES)}: save the checkpoint in one of them."
         )
     begin, end = offsets
     num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes > _MAX_SIZE:
+        raise UserError(
+            f"{path}: tensor {name} of shape {shape} fits no memory; {_DOWNLOAD_AGAIN}."
+        )
     if end - begin != num_bytes:
         raise UserError(
             f"{path}: tensor {name} of shape {shape} and dtype {fields['dtype']} takes "
@@ -317,9 +352,19 @@ def _tensor_info(path: Path, data_start: int, name: str, entry: Any) -> TensorIn
     return TensorInfo(tuple(shape), dtype, path, num_bytes, data_start + begin)
 
 
+def _shown(value: Any) -> str:
+    """A JSON value as an error shows it, shortened."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of non-negative integers."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether a JSON value is a short list of sizes that a 64-bit machine knows."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMS
+        and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
+    )
 
 
 def _check_layout(

@@ -12,6 +12,7 @@ from typing import NoReturn
 from llm_vtrans.errors import Preempted, UserError
 
 USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
+LONGEST = 2000  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +58,18 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     return 0
 
 
+def printable(message: str) -> str:
+    """One line of bounded length in which no character can command a terminal.
+
+    Messages quote names out of files that may come from anywhere.
+    """
+    line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def _tell(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     return USER_ERROR

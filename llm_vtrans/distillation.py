@@ -1,115 +1,26 @@
-"""Self-distillation: the unmasked network teaches the masked one, a few tokens' logits at a time.
-
-Logits of the whole vocabulary in float32 are by far the largest activations (32,000 words: 128
-kB a token, several times over). So loss and gradient are computed from the hidden states in
-chunks of tokens, and only the gradient with respect to the hidden states is kept.
-"""
+"""The dense network teaches the masked one: what every stage of training minimises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm_vtrans.attachment import MaskedModel
-
-CHUNK_LOGITS = 2**25  # of student or teacher at a time: 128 MiB in float32
-
-
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL from the unmasked to the masked network's distribution.
-
-    Args:
-        student: logits `(..., classes)`, such as `(batch, seq, vocab)`.
-        teacher: the same, detached.
-
-    Returns:
-        Mean over predictions in nats, shape `()`, computed in float32; where the head gives one
-        number, half the squared difference instead: the KL of two Gaussians of variance one.
-    """
-    if student.shape[-1] == 1:
-        return F.mse_loss(student.float(), teacher.float()) / 2
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+from llm_vtrans.attachment import Gates, MaskedModel
+from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
+from llm_vtrans.tasks.encoding import Batch, inputs_of
 
 
-class _ChunkedDistillation(torch.autograd.Function):
-    """Loss of all chunks; their gradients are taken at once, so that no logits are kept."""
+class Distillation(nn.Module):
+    """A student with its teacher.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        head: nn.Module,
-        chunk: int,
-        *weights: Tensor,
-    ) -> Tensor:
-        trained = [weight for weight in weights if weight.requires_grad]
-        grad = torch.empty_like(student)
-        weight_grads = [torch.zeros_like(weight) for weight in trained]
-        loss = student.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(student), chunk):
-            part = slice(start, start + chunk)
-            hidden = student[part].detach().requires_grad_()
-            with torch.no_grad():
-                target = head(teacher[part])
-            with torch.enable_grad():
-                share = len(hidden) / len(student)
-                term = distillation_loss(head(hidden), target) * share
-                grads = torch.autograd.grad(term, [hidden, *trained])
-            loss += term.detach()
-            grad[part] = grads[0]
-            for total, one in zip(weight_grads, grads[1:], strict=True):
-                total += one
-        ctx.is_trained = [weight.requires_grad for weight in weights]
-        ctx.save_for_backward(grad, *weight_grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *weight_grads = ctx.saved_tensors
-        rest = iter(weight_grads)
-        weights = [next(rest) * grad_loss if trained else None for trained in ctx.is_trained]
-        return (grad * grad_loss, None, None, None, *weights)
-
-
-def chunked_distillation(
-    head: nn.Module, student: Tensor, teacher: Tensor, chunk_logits: int = CHUNK_LOGITS
-) -> Tensor:
-    """`distillation_loss` of a head's logits, without ever holding all of them.
+    `forward(batch, gates)` runs both on one micro-batch and gives the terms, each of shape
+    `()`, among them `loss`; the gates stay in force until the backward pass is over.
 
     Args:
-        head: the output head, a module with a weight `(vocab, hidden)`.
-        student: hidden states `(batch, seq, hidden)`; the gradient flows to them and to what is
-            trained in the head.
-        teacher: the same of the unmasked network, detached.
-        chunk_logits: logits computed at a time.
-
-    Returns:
-        Mean over tokens in nats, shape `()`, float32.
-    """
-    vocab = int(head.out_features)  # type: ignore[arg-type]
-    chunk = max(1, chunk_logits // vocab)
-    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
-    if not torch.is_grad_enabled():
-        pairs = zip(student.split(chunk), teacher.split(chunk), strict=True)
-        terms = [distillation_loss(head(s), head(t)) * len(s) for s, t in pairs]
-        return torch.stack(terms).sum() / len(student)
-    loss: Tensor = _ChunkedDistillation.apply(student, teacher, head, chunk, *head.parameters())
-    return loss
-
-
-class SelfDistillation(nn.Module):
-    """Teacher pass, student pass and loss of one micro-batch: all that runs the large model.
-
-    Args:
-        masked: frozen model with hooks.
+        masked: the student, with gates and tuning.
         recomputes: keep only each layer's input and compute the rest again on the way back. The
             gates stay in force until then, so that both computations see the same draw.
     """
@@ -118,39 +29,54 @@ class SelfDistillation(nn.Module):
         super().__init__()
         self.masked = masked
         if recomputes:
-            model: Any = masked.model
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
+            masked.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in masked.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True  # it only recomputes then; dropout below stays off
 
-    def forward(
-        self,
-        inputs: Tensor | Mapping[str, Tensor],
-        unmask: Callable[[], None],
-        mask: Callable[[], None],
-    ) -> Tensor:
-        """Mean KL per prediction in nats, shape `()`.
+    def teach(self, inputs: Batch) -> Tensor:
+        """The teacher's outputs, which carry no gradient; no gates are in force afterwards."""
+        raise NotImplementedError
+
+    def loss(self, inputs: Batch, taught: Tensor) -> Tensor:
+        """Mean KL per prediction in nats, shape `()`, under the gates in force.
 
         Args:
-            inputs: tokens `(batch, seq)`, or all that the model's `forward` takes by name.
-            unmask: makes the model the teacher.
-            mask: makes it the student, until the backward pass is over.
+            inputs: what the model takes by name.
+            taught: the teacher's outputs for them.
         """
-        unmask()
-        with torch.no_grad():
-            teacher = self.outputs(inputs)
-        mask()
-        return self.loss(self.outputs(inputs), teacher)
+        raise NotImplementedError
 
-    def outputs(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """What `loss` compares: hidden states where the head is one matrix, else logits."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What both stages train, as `Tuning.parameter_groups`."""
+        return []
+
+
+class SelfDistillation(Distillation):
+    """The weights are frozen, so the teacher is the same network with masks and tuning off."""
+
+    @torch.no_grad()
+    def teach(self, inputs: Batch) -> Tensor:
+        """Hidden states before the head, or logits, see `_outputs`."""
+        self.masked.set_gates(None)
+        return self._outputs(inputs)
+
+    def loss(self, inputs: Batch, taught: Tensor) -> Tensor:
+        """Mean KL per prediction in nats, shape `()`, under the gates in force."""
+        head, learnt = self.masked.head, self._outputs(inputs)
+        if head is None:
+            return distillation_loss(learnt, taught)
+        return chunked_distillation(head, learnt, taught)
+
+    def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
+        """Terms of one micro-batch; labels are not used."""
+        inputs = inputs_of(batch)
+        taught = self.teach(inputs)
+        self.masked.set_gates(gates)
+        loss = self.loss(inputs, taught)
+        return {"loss": loss, "distillation": loss}
+
+    def _outputs(self, inputs: Batch) -> Tensor:
+        """What the head reads where it is one matrix, else logits."""
         masked = self.masked
         return masked(inputs) if masked.head is None else masked.hidden_states(inputs)
-
-    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean KL per prediction in nats, shape `()`, of two `outputs` of the same inputs."""
-        head = self.masked.head
-        if head is None:
-            return distillation_loss(student, teacher)
-        return chunked_distillation(head, student, teacher)

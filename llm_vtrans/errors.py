@@ -1,5 +1,10 @@
 """The exceptions whose messages are meant for the user."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake the user can correct: bad flags, unusable files, an unreachable budget.
@@ -14,3 +19,30 @@ class Preempted(Exception):
 
     The entry points print the message and exit with status 75 (EX_TEMPFAIL): try again.
     """
+
+
+@contextmanager
+def blame(what: object, remedy: str) -> Iterator[None]:
+    """Turns whatever reading somebody else's content raises into a `UserError`.
+
+    For content whose every damage cannot be foreseen: a config that a library builds a model
+    from, a manifest that a report walks through.
+
+    Args:
+        what: the file whose content is read.
+        remedy: what the user can do about it.
+
+    Raises:
+        UserError: anything was raised inside but an error of the system (a full disk).
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what}: {reason or 'damaged'} ({type(error).__name__}); {remedy}"
+        ) from error

@@ -259,8 +259,10 @@ def export_config(
     dense = config.to_dict()
     dense.pop("_name_or_path", None)
     dense["tie_word_embeddings"] = pruning.architecture.tied_head is not None
-    if pruning.dtype is not None:
-        dense["dtype"] = str(pruning.dtype).removeprefix("torch.")
+    stored = {info.dtype for info in pruning.source.tensors.values()}
+    written = pruning.dtype or (stored.pop() if len(stored) == 1 else None)
+    if written is not None:  # the dense config may say otherwise: what is written counts
+        dense["dtype"] = str(written).removeprefix("torch.")
     write = family.stock_config if is_uniform else family.per_layer_config
     return write(dense, pruning.plan.shape)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Dim, Role
+from llm_vtrans.hooks import removed_after
 from llm_vtrans.zero3 import gathered
 
 FLOOR = 1e-9  # of the largest eigenvalue: keeps a moment of few tokens invertible
@@ -142,12 +143,9 @@ def balanced_basis(
                     observe(moments[role][at], x)
 
         hooks.append(module.register_forward_hook(split))
-    try:
+    with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return _balance(moments)
 
 

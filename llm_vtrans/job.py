@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from contextlib import nullcontext, suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -14,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,8 +25,9 @@ from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, mac_cost
-from llm_vtrans.candidates import choose
-from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.candidates import candidates, choose
+from llm_vtrans.dense_teacher import DenseTeacher
+from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
@@ -33,6 +37,7 @@ from llm_vtrans.manifest import dtype_name, figures, plan_tensors, read_masks, w
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
+    dense_params,
     make_problem,
     rotates,
     task_data,
@@ -41,13 +46,21 @@ from llm_vtrans.planning import (
 )
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.quantised import FULL, check_form
-from llm_vtrans.recording import deciding_settings, result_line, write_record
+from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
+from llm_vtrans.report.record import RunRecord
 from llm_vtrans.reporting import METRICS_FILE, Reporter, truncate_metrics
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, complete_layers, initial_shapes
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.trained_weights import (
+    BYTES_PER_PARAMETER,
+    FOLDER,
+    check_trainable,
+    stored_weights,
+    train_weights,
+)
 from llm_vtrans.training import Objective, Progress, TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
@@ -56,9 +69,9 @@ from llm_vtrans.zero3 import attach, configure, is_partitioned
 STATE_FOLDER = STATE_FILE.split("/")[0]
 TRACKING_FOLDER = "tracking"  # beside the results, for trackers that write files
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
-TUNING = "tuning."  # prefix of tensors on disk
+KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
-CHOICE_EXAMPLES = 16  # plans differ by far more than the noise of as many
+CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
 
 
 def _trackers(args: PruneArguments) -> list[str] | None:
@@ -113,11 +126,10 @@ class Job:
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
-    distillation: SelfDistillation = field(init=False)
+    distillation: Distillation = field(init=False)
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
     is_searched: bool = field(init=False)
-    found: dict[str, Tensor] = field(default_factory=dict)
     plan: PrunePlan = field(init=False)
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -138,16 +150,19 @@ class Job:
         )
         set_seed(args.seed)
         check_form(args.load_in, accelerator)
+        check_trainable(args, accelerator)
         reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)
+        seq_len = window_length(args, source)
+        args = args.filled(seq_len, accelerator.num_processes)
         problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
-        output.require_space(2 * source.checkpoint.num_bytes)
-        seq_len = window_length(args, source)
+        trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
+        output.require_space(2 * source.checkpoint.num_bytes + trained)
         with reporter.phase("calibration"):
             data = task_data(args, source, seq_len)
         settings = training_settings(args, accelerator.num_processes)
@@ -187,10 +202,10 @@ class Job:
             f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
-            f"{self.settings.num_steps} steps of {args.global_batch(self._num_ranks)} x "
-            f"{self.seq_len} tokens of {args.data} on {self._num_ranks} rank(s), "
-            f"{self.accelerator.device.type}, {dtype_name(self.dtype)}\n"
-            f"result in {args.output_folder()}"
+            f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
+            f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
+            f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
+            f"{dtype_name(self.dtype)}\nresult in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
             plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
@@ -214,13 +229,10 @@ class Job:
         device = self.accelerator.device
         configure(self.accelerator, self.dtype, self.args.batch_size)
         with self.reporter.phase("load"):
-            model = load_model(
-                self.source, self.dtype, device, self.architecture, self.args.load_in
-            )
-        self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
-        self.masked = MaskedModel(model, self.architecture, self.tuning)
-        self.distillation = SelfDistillation(self.masked, self.args.gradient_checkpointing)
-        attach(self.accelerator, self.distillation)
+            dtype = torch.float32 if self.args.trains_weights else self.dtype
+            model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
+        if not self.args.trains_weights:
+            self._connect(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
@@ -235,26 +247,47 @@ class Job:
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
                 self._rotate(model, known.get("rotation"))
+        if self.args.trains_weights:
+            self._connect(model, teacher=copy.deepcopy(model))
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
         self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
         self.is_searched = any(name.startswith("mu.") for name in known)
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
-            self.tuning.load_state_dict(
-                {n[7:]: t for n, t in known.items() if n.startswith("tuning.")}
-            )
         if self.accelerator.is_main_process:
             self._open_state_folder()
         if self.args.track:
             settings = {name: str(value) for name, value in asdict(self.args).items()}
             self.accelerator.init_trackers(self.output.path.name, settings)
 
+    def _connect(self, model: PreTrainedModel, teacher: nn.Module | None = None) -> None:
+        """Hooks gates and tuning onto the model; its teacher is itself if weights stay frozen."""
+        args, device = self.args, self.accelerator.device
+        self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
+        self.masked = MaskedModel(model, self.architecture, self.tuning)
+        if teacher is None:
+            self.distillation = SelfDistillation(self.masked, args.gradient_checkpointing)
+            attach(self.accelerator, self.distillation)
+            return
+        train_weights(model, self.architecture, self.uses_rotation)
+        self.distillation = DenseTeacher(
+            self.masked, teacher.to(self.dtype), args.weight_learning_rate, args.temperature,
+            self.dtype, args.gradient_checkpointing,
+        ).to(device)  # fmt: skip
+
     def _trained_masks(self) -> dict[str, Tensor]:
         """Tensors of the earlier run that `--masks` names, or none."""
         if self.args.masks is None:
             return {}
-        trained = read_masks(Path(self.args.masks), self.source.checkpoint.sha256())
+        folder = Path(self.args.masks)
+        trained = read_masks(folder, self.source.checkpoint.sha256())
+        variant = RunRecord.read(folder).manifest["settings"].get("variant", "faster")
+        if variant != "faster":
+            raise UserError(
+                f"--masks {folder}: its weights were trained with the masks (--variant {variant}) "
+                "and only the kept ones were written; prune anew for another budget"
+            )
         structures = {n[3:] for n in trained if n.startswith("mu.")}
         if structures != set(self.args.structures()):
             raise UserError(
@@ -281,6 +314,7 @@ class Job:
         """Removes the state, and what a kill left of one that was being written."""
         state = self.output.path / STATE_FILE
         halves = state.parent.glob(f".{state.name}.partial-*")
+        shutil.rmtree(state.parent / FOLDER, ignore_errors=True)
         for path in (state, state.with_name(METRICS_FILE), *halves):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # something else lies there: it is not ours to delete
@@ -338,37 +372,59 @@ class Job:
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
-        tuning = {TUNING + name: t.clone() for name, t in self.tuning.state_dict().items()}
-        self.found = {**self.masks.state_dict(), **tuning}
         with self.reporter.phase("allocate"):
-            self.plan = self._choose(self.problem)
-            other = replace(self.problem, is_uniform=not self.problem.is_uniform)
+            if self.saved is not None:
+                self._recall(extra_tensors(self.saved[1]))
+                return
+            loss = self._plan_loss()
+            self.plan = self._choose(self.problem, loss)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
+            other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = self._choose(other)
+                plan = self._choose(other, loss)
                 self.perplexity["other_layout"] = self._masked_perplexity(plan)
 
-    def _choose(self, problem: Problem) -> PrunePlan:
-        """The candidate of least distillation loss on a few training batches."""
+    def _plan_loss(self) -> Callable[[PrunePlan], float]:
+        """Distillation loss of a plan's hard-masked network on a few training batches."""
         batches = self._first_batches(CHOICE_EXAMPLES)
-        self.masked.set_gates(None)
-        with torch.no_grad():
-            teachers = [self.distillation.outputs(batch) for batch in batches]
+        taught = [self.distillation.teach(batch) for batch in batches]
 
         @torch.no_grad()
         def loss(plan: PrunePlan) -> float:
             self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
-            pairs = zip(batches, teachers, strict=True)
-            return sum(
-                float(self.distillation.loss(self.distillation.outputs(b), t)) for b, t in pairs
-            )
+            pairs = zip(batches, taught, strict=True)
+            return sum(float(self.distillation.loss(*pair)) for pair in pairs)
 
+        return loss
+
+    def _choose(self, problem: Problem, loss: Callable[[PrunePlan], float]) -> PrunePlan:
+        """The candidate of least loss."""
         plan, _ = choose(self.masks, problem, loss)
         self.masked.set_gates(None)
         return replace(plan, basis=self.head_basis)
 
+    def _found(self) -> dict[str, Tensor]:
+        """What a run that is resumed in the last stage must know of those before.
+
+        The network has changed by then, so it can neither choose nor measure again.
+        """
+        keep = {KEEP + name: keep.to(torch.uint8) for name, keep in self.plan.keep.items()}
+        scores = {
+            SCORE + n: torch.tensor(x, dtype=torch.float64) for n, x in self.perplexity.items()
+        }
+        return {**self.masks.state_dict(), **keep, **scores}
+
+    def _recall(self, found: dict[str, Tensor]) -> None:
+        """Takes plan and scores from a saved state."""
+        for plan in candidates(self.masks, self.problem):
+            if all(kept.equal(found[KEEP + name].bool()) for name, kept in plan.keep.items()):
+                self.plan = replace(plan, basis=self.head_basis)
+        self.perplexity = {
+            n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
+        }
+
     def tune(self) -> None:
-        """Trains maps and factors for the units that stay."""
+        """Trains the network for the units that stay."""
         if not self.settings.tune_steps:
             return
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
@@ -376,7 +432,7 @@ class Job:
             self.distillation, self._hard_gates(self.plan), sparsity, self.settings
         )
         with self.reporter.phase("tune"):
-            self._train(objective, {**self._rotation(), **self.found})
+            self._train(objective, {**self._rotation(), **self._found()})
             self.perplexity["tuned"] = self._masked_perplexity(self.plan)
 
     def _rotation(self) -> dict[str, Tensor]:
@@ -435,11 +491,11 @@ class Job:
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
         is_main, hashes = self.accelerator.is_main_process, {}
-        del self.masked, self.distillation
-        self.accelerator.free_memory()  # the dense model goes before its successor is loaded
         with self.output if is_main else nullcontext(Path()) as folder:
             if is_main:
                 hashes = self._write_weights(folder)
+            del self.masked, self.distillation
+            self.accelerator.free_memory()  # the dense model goes before its successor is loaded
             written = Path(broadcast_object_list([str(folder)])[0])
             if is_main or is_partitioned(self.accelerator):
                 self._score(written)
@@ -452,22 +508,34 @@ class Job:
 
     def _write_weights(self, folder: Path) -> dict[str, str]:
         args = self.args
-        dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-        pruning = Pruning(
-            self.source.checkpoint, self.architecture, self.plan,
-            self.tuning.basis(self.rotation), dtype, self.tuning.factors(),
-        )  # fmt: skip
-        with self.reporter.phase("export"):
+        with self.reporter.phase("export"), self._pruning() as pruning:
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),
             )  # fmt: skip
             write_masks(
                 folder,
-                {**self.found, **plan_tensors(self.plan, self.rotation, self.tuning)},
+                self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
                 self.source.checkpoint.sha256(),
             )
         return hashes
+
+    @contextmanager
+    def _pruning(self) -> Iterator[Pruning]:
+        """The plan bound to the weights it prunes, frozen or trained."""
+        dtype = None if self.args.export_dtype == "auto" else getattr(torch, self.args.export_dtype)
+        dense, architecture, rotation = self.source.checkpoint, self.architecture, self.rotation
+        factors = self.tuning.factors()
+        if not self.args.trains_weights:
+            basis = self.tuning.basis(rotation)
+            yield Pruning(dense, architecture, self.plan, basis, dtype, factors)
+            return
+        # Trained weights are stored rotated and in float32.
+        basis = self.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
+        dtype = dtype or dense.tensors[architecture.embedding.name].dtype
+        folder, size = self.output.path / STATE_FOLDER, self.args.shard_bytes()
+        with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
+            yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
 
     def _score(self, folder: Path) -> None:
         """Measures what was written as a user would load it."""

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.embedded import EMBEDDED_MODEL
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.families import Architecture, Family, family_for
 from llm_vtrans.families.base import head_of
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
@@ -29,6 +29,8 @@ from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.zero3 import gathered, is_writer
 
 EMBEDDED = "embedded"
+RESTORE = "restore the config.json that belongs to these weights"
+COUNTED, MOST_COUNTED = ("layer", "label", "expert"), 100_000
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
@@ -68,14 +70,39 @@ def open_source(name: str, revision: str | None = None) -> Source:
     """
     checkpoint = Checkpoint.open(_local_folder(name, revision))
     family = family_for(str(checkpoint.config.get("model_type")))
-    checkpoint = checkpoint.renamed(family.canonical(checkpoint.tensors))
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-    except Exception as error:  # config validation raises many types; all are the file's fault
-        raise UserError(f"{checkpoint.folder / 'config.json'}: {_one_line(error)}") from error
-    architecture = family.describe(config)
+    checkpoint = _canonical(checkpoint, family)
+    _check_counts(checkpoint)
+    with blame(checkpoint.folder / "config.json", RESTORE):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        architecture = family.describe(config)
     _check_tensors(checkpoint, architecture, family)
     return Source(name, checkpoint, config, family, architecture)
+
+
+def _canonical(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the tensor names of a model with a head."""
+    names = family.canonical(checkpoint.tensors)
+    lost = sorted(checkpoint.tensors.keys() - names.values())
+    if lost:
+        raise UserError(
+            f"{checkpoint.folder}: {lost[0]} is there twice, under an old name and a new one; "
+            "save the checkpoint again"
+        )
+    return checkpoint.renamed(names)
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Counts of layers and labels must be such that lists of them can be built.
+
+    `transformers` builds those lists when it reads a config, before any tensor could show
+    that a count of a billion is wrong.
+    """
+    for key, value in checkpoint.config.items():
+        is_count = any(word in key for word in COUNTED)
+        if is_count and isinstance(value, int | float) and not abs(value) <= MOST_COUNTED:
+            raise UserError(
+                f"{checkpoint.folder / 'config.json'}: {key} is beyond {MOST_COUNTED:,}; {RESTORE}"
+            )
 
 
 def _one_line(error: Exception) -> str:
@@ -133,7 +160,7 @@ def load_tokenizer(source: Source) -> Any:
         UserError: the folder has none that `transformers` can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(source.checkpoint.folder)
+        return AutoTokenizer.from_pretrained(source.checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # missing or damaged files surface as many types
         raise UserError(
             f"{source.checkpoint.folder}: no usable tokenizer ({_one_line(error)[:200]})"
@@ -205,7 +232,8 @@ def load_model(
     architecture = architecture or source.architecture
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = architecture.tied_head is not None
-    with nullcontext() if is_deepspeed_zero3_enabled() else _no_storage(), no_init_weights():
+    storage = nullcontext() if is_deepspeed_zero3_enabled() else _no_storage()
+    with blame(source.checkpoint.folder / "config.json", RESTORE), storage, no_init_weights():
         model: PreTrainedModel = source.auto_class.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )

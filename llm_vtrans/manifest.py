@@ -47,7 +47,7 @@ def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str)
 
     Args:
         folder: to write into.
-        tensors: `mu.*` and `log_var.*` of every structure, `tuning.*`, and of the plan what
+        tensors: `mu.*` and `log_var.*` of every structure, and of the plan and its tuning what
             `plan_tensors` gives.
         source_sha256: identity of the dense checkpoint.
     """

@@ -107,7 +107,7 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
             task, or a tokenizer of another model.
     """
     kind = task_of(args, head_of(source.config), source.config.num_labels)
-    data = make_task(args, kind, load_tokenizer(source), seq_len, args.samples)
+    data = make_task(args, kind, load_tokenizer(source), seq_len, args.samples, args.fraction)
     largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
     if largest >= source.config.vocab_size:
         raise UserError(
@@ -129,13 +129,13 @@ def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
         UserError: too few samples for one step.
     """
     batch = args.global_batch(num_ranks)
-    if args.samples < batch:
+    if args.num_samples() < batch:
         raise UserError(
             f"--samples {args.samples} does not fill one step of {batch} sequences on "
             f"{num_ranks} ranks: lower --batch-size"
         )
-    num_steps = args.samples // batch
-    tune_steps = int(args.tune_share * num_steps)
+    num_steps = args.num_samples() // batch
+    tune_steps = round(args.tune_share * num_steps)
     return TrainingSettings(
         search_steps=num_steps - tune_steps,
         tune_steps=tune_steps,
@@ -147,4 +147,5 @@ def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
         log_every=args.log_every,
         save_every=args.save_every,
         is_uniform=args.layout == "stock",
+        schedule=args.schedule,
     )

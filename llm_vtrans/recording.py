@@ -36,6 +36,7 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
     "phases",
 )  # fmt: skip
+METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 FREE_SETTINGS = {  # a resumed run may have others
     "config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every", "quiet",
     "json", "shard_size", "export_dtype", "batch_size", "gradient_accumulation",
@@ -105,7 +106,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         {**asdict(limit.budget), "achieved": limit.cost.of(shape)} for limit in job.problem.limits
     ]
     return {
-        "method": "faster-vtrans",
+        "method": METHODS[args.variant],
         "source": {
             "name": args.model,
             "revision": args.revision,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
-from llm_vtrans.distillation import CHUNK_LOGITS
+from llm_vtrans.distillation_loss import CHUNK_LOGITS
 from llm_vtrans.families.base import Architecture, Axis, Sublayer
 
 GIB = 2**30

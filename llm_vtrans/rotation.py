@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+from llm_vtrans.hooks import removed_after
 from llm_vtrans.zero3 import gathered, is_writer
 
 
@@ -142,12 +143,9 @@ def principal_basis(
         for name, (spec, _) in architecture.named_tensors().items()
         if _scales(spec)
     ]
-    try:
+    with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     # Each rank sees the same batches, so all ranks hold the same basis.
     _, vectors = torch.linalg.eigh(moment.double().cpu())
     return vectors.flip(1).float().contiguous()

@@ -1,4 +1,4 @@
-"""SEARCH: VIB masks learn, under the budget, which units the frozen network can spare."""
+"""SEARCH: VIB masks learn, under the budget, which units the network can spare."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from torch import Tensor
 
 from llm_vtrans.attachment import presence
 from llm_vtrans.budget import Lagrangian, Limit, complete
-from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.distillation import Distillation
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
-from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training import Objective, TrainingSettings
 
 SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the stage
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
 MULTIPLIER_LEARNING_RATE = 0.1
+CUBIC_SHARE = 0.5  # of the steps: then the masks settle at the budget
 
 
 class SearchObjective(Objective):
     """Loss of one micro-batch: distillation, KL of the masks, penalty of the budget.
 
-    The tuning is trained with the masks, so that a unit is judged by what it adds to a
-    network that has adapted.
-
     Args:
-        distillation: of the frozen model with gates and tuning.
+        distillation: masked model and teacher.
         masks: the trained gates.
         limits: budgets; the one that is furthest from its target drives the masks.
         settings: of the loop.
@@ -36,7 +34,7 @@ class SearchObjective(Objective):
 
     def __init__(
         self,
-        distillation: SelfDistillation,
+        distillation: Distillation,
         masks: VIBMasks,
         limits: tuple[Limit, ...],
         settings: TrainingSettings,
@@ -45,6 +43,7 @@ class SearchObjective(Objective):
         self.distillation, self.masked = distillation, distillation.masked
         self.tuning, self.masks = self.masked.tuning, masks
         self.limits, self.settings = limits, settings
+        self.tuning.requires_grad_(False)  # its stage comes later
         self.lagrangian = Lagrangian().to(next(masks.parameters()).device)
         self.stage = range(settings.search_steps)
         self._starts = self._initial_sparsity().tolist()
@@ -53,30 +52,25 @@ class SearchObjective(Objective):
         """Loss terms, each of shape `()`.
 
         Args:
-            batch: tokens `(batch, seq)` and what else the model takes; labels are not used.
+            batch: tokens `(batch, seq)` and what else the model takes.
             micro_batch: global number of this micro-batch; with the seed it decides the noise.
             step: global step.
         """
         architecture = self.masked.architecture
-        inputs = inputs_of(batch)
-        generator = torch.Generator(inputs["input_ids"].device)
+        generator = torch.Generator(batch["input_ids"].device)
         generator.manual_seed(self.settings.seed * 1_000_003 + micro_batch)
         gates = complete_layers(self.masks.sample(generator), architecture)
         there = presence(self.masks.keep_probability(SHARPNESS[1]), architecture.num_layers)
-        gates = {**gates, **there}
-        distillation = self.distillation(
-            inputs, lambda: self.masked.set_gates(None), lambda: self.masked.set_gates(gates)
-        )
+        terms = self.distillation(batch, {**gates, **there})
         keep = self.masks.keep_probability(sharpness_at(self.progress(step)))
         sparsity = self.expected_sparsity(keep)
         target = sparsity.new_tensor(self.targets(step))
         residual, binding = (sparsity - target).min(dim=0)
         penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
-        loss = distillation + self.settings.kl_weight * kl + penalty
         return {
-            "loss": loss,
-            "distillation": distillation,
+            **terms,
+            "loss": terms["loss"] + self.settings.kl_weight * kl + penalty,
             "kl": kl,
             "penalty": penalty,
             "sparsity": sparsity[binding],
@@ -88,7 +82,7 @@ class SearchObjective(Objective):
     def targets(self, step: int) -> list[float]:
         """Sparsity aimed at in a global step, for every limit."""
         return [
-            target_at(step, len(self.stage), start, limit.budget.sparsity)
+            target_at(step, len(self.stage), start, limit.budget.sparsity, self.settings.schedule)
             for start, limit in zip(self._starts, self.limits, strict=True)
         ]
 
@@ -118,15 +112,16 @@ class SearchObjective(Objective):
         }
         return self.expected_sparsity(keep)
 
-    def optimizer(self) -> torch.optim.Adam:
-        """Adam that minimises over masks and tuning and maximises over the multipliers."""
+    def optimizer(self) -> torch.optim.AdamW:
+        """Minimises over masks and student and maximises over the multipliers."""
         multipliers = {
             "params": list(self.lagrangian.parameters()),
             "lr": MULTIPLIER_LEARNING_RATE,
             "maximize": True,
         }
         masks = {"params": list(self.masks.parameters()), "peak": self.settings.learning_rate}
-        return torch.optim.Adam([multipliers, masks, *self.tuning.parameter_groups()])
+        groups = [multipliers, masks, *self.distillation.parameter_groups()]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Lets all rates decay linearly to zero but that of the multipliers."""
@@ -148,11 +143,21 @@ def sharpness_at(progress: float) -> float:
     return first * (last / first) ** progress
 
 
-def target_at(step: int, num_steps: int, start: float, target: float) -> float:
-    """Sparsity aimed at: linear from where training starts to the budget, then constant.
+def target_at(step: int, num_steps: int, start: float, target: float, schedule: str) -> float:
+    """Sparsity aimed at: from where training starts to the budget, then constant.
 
-    The warm-up takes 10% of the steps, 20% above 60% sparsity (METHOD, section 3).
+    Args:
+        step: of the stage.
+        num_steps: of the stage.
+        start: sparsity in step 0.
+        target: the budget's.
+        schedule: `linear` warms up over 10% of the steps, 20% above 60% sparsity (METHOD,
+            section 3); `cubic` over half of them, fast at first and ever slower (Zhu and Gupta,
+            arXiv:1710.01878, equation 1).
     """
+    if schedule == "cubic":
+        left = max(0.0, 1 - step / max(1, math.ceil(num_steps * CUBIC_SHARE)))
+        return target + (start - target) * left**3
     warmup = max(1, math.ceil(num_steps * (0.2 if target > 0.6 else 0.1)))
     return start + (target - start) * min(1.0, step / warmup)
 

@@ -1,8 +1,7 @@
 """The training loop that both stages share, on `accelerate`.
 
-The weights are frozen; the teacher is the same network with its masks off. Noise and
-data order are functions of the seed and the global micro-batch number alone, so a
-run is the same on one rank or several and continues bit for bit after a kill.
+Noise and data order are functions of the seed and the global micro-batch number alone,
+so a run is the same on one rank or several and continues bit for bit after a kill.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Batch, Examples, collate
 
+BUCKET = 2**24  # gradients averaged over the ranks at a time
 UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
 
@@ -40,6 +41,7 @@ class TrainingSettings:
         log_every: steps between two metric records.
         save_every: steps between two saved states.
         is_uniform: stock layout: every layer keeps the same counts.
+        schedule: of the sparsity aimed at, `linear` or `cubic`.
     """
 
     search_steps: int
@@ -52,6 +54,7 @@ class TrainingSettings:
     log_every: int
     save_every: int
     is_uniform: bool
+    schedule: str = "linear"
 
     @property
     def num_steps(self) -> int:
@@ -164,13 +167,16 @@ def train(
 
 
 def _average_gradients(objective: nn.Module, accelerator: Accelerator) -> None:
-    """One collective for all that is trained: it is small and replicated on every rank."""
+    """A collective for many gradients at a time: masks are small and replicated on every rank."""
     if accelerator.num_processes == 1:
         return
     grads = [p.grad for p in objective.parameters() if p.grad is not None]
-    mean: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
-    for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+    while grads:
+        num = max(1, sum(size <= BUCKET for size in accumulate(g.numel() for g in grads)))
+        bucket, grads = grads[:num], grads[num:]
+        mean: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in bucket]), "mean")
+        for grad, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
 
 
 class _Meter:

@@ -1,4 +1,4 @@
-"""TUNE: the kept units are fixed; maps and factors adapt to them, without noise."""
+"""TUNE: the kept units are fixed; the rest of the network adapts to them, without noise."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_vtrans.distillation import SelfDistillation
-from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.distillation import Distillation
+from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training import Objective, TrainingSettings
 
 WARMUP_SHARE = 0.05
 
 
 class TuneObjective(Objective):
-    """Distillation into the hard-masked network, of which the tuning is trained.
+    """Distillation into the hard-masked network.
 
     Args:
-        distillation: of the frozen model with gates and tuning.
+        distillation: masked model and teacher.
         hard: gate values of the plan, as `set_gates` takes them.
         sparsity: of the plan, for the record.
         settings: of the loop.
@@ -26,7 +26,7 @@ class TuneObjective(Objective):
 
     def __init__(
         self,
-        distillation: SelfDistillation,
+        distillation: Distillation,
         hard: Mapping[str, Tensor],
         sparsity: float,
         settings: TrainingSettings,
@@ -34,21 +34,20 @@ class TuneObjective(Objective):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
         self.tuning, self.hard, self.sparsity = self.masked.tuning, hard, sparsity
+        self.tuning.requires_grad_(True)
+        self.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
 
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
-        """Loss terms, each of shape `()`; labels are not used."""
-        loss = self.distillation(
-            inputs_of(batch),
-            lambda: self.masked.set_gates(None),
-            lambda: self.masked.set_gates(self.hard),
-        )
-        sparsity = loss.new_tensor(self.sparsity)
-        return {"loss": loss, "distillation": loss, "sparsity": sparsity, "target": sparsity}
+        """Loss terms, each of shape `()`."""
+        terms = self.distillation(batch, self.hard)
+        sparsity = terms["loss"].new_tensor(self.sparsity)
+        return {**terms, "sparsity": sparsity, "target": sparsity}
 
-    def optimizer(self) -> torch.optim.Adam:
-        """Adam over maps and factors."""
-        return torch.optim.Adam(self.tuning.parameter_groups())
+    def optimizer(self) -> torch.optim.AdamW:
+        """Over all that is trained in the student."""
+        groups = [*self.tuning.parameter_groups(), *self.distillation.parameter_groups()]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warms up, then decays linearly to zero."""

@@ -1,4 +1,4 @@
-"""What is trained beside the gates, all of which export folds into the weights.
+"""What is trained after the gates, all of which export folds into the weights.
 
 Hidden pruning keeps a subspace of the residual stream. PCA picks the one of largest
 variance; the network's output may need another, and what writes to the stream may
@@ -36,6 +36,8 @@ class Tuning(nn.Module):
     With a kept set `K` of hidden dimensions, writers become `(write @ W)[K]` and readers
     `W @ read[:, K]`.
 
+    They act where gates are set and `is_on` is.
+
     Args:
         architecture: table of the model.
         has_maps: whether the stream may change its basis (`Family.rotates`).
@@ -54,17 +56,15 @@ class Tuning(nn.Module):
             if has_scales and leaf == "weight":
                 for side, size in _sides(architecture, spec).items():
                     self.scales[scale_name(module, side)] = nn.Parameter(torch.ones(size))
+        self.is_on = False
 
     def scale(self, module: str, side: str) -> Tensor | None:
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
-        name = scale_name(module, side)
-        return self.scales.get(name)
+        return self.scales.get(scale_name(module, side)) if self.is_on else None
 
-    def map(self, x: Tensor, name: str) -> Tensor:
-        """Maps activations `(..., hidden_size)` where they are written or read."""
-        if name not in self.maps:
-            return x
-        return nn.functional.linear(x, self.maps[name].to(x.dtype))
+    def map(self, name: str) -> Tensor | None:
+        """Map of what is written or read, `(hidden_size, hidden_size)`."""
+        return self.maps.get(name) if self.is_on else None
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
         """The stream's directions, maps and rotation in one; None if it was not rotated.

@@ -186,7 +186,7 @@ def check_loads(subject: Subject) -> Iterator[str]:
     for name, parameter in subject.model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             yield f"{name} holds NaN or infinite values"
-    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=False)
     if len(tokenizer) > subject.config.vocab_size:
         yield f"{len(tokenizer)} tokens in the tokenizer, {subject.config.vocab_size} in the model"
 
@@ -228,7 +228,7 @@ def _heldout(subject: Subject) -> torch.Tensor:
         settings.get("data_split"),
         settings.get("text_field"),
     )
-    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=False)
     try:
         return calibrate(source, tokenizer, settings["samples"], seq_len, settings["seed"]).heldout
     except UserError as error:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.baselines.network import Importances, Network
+from llm_vtrans.hooks import removed_after
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
@@ -46,9 +47,6 @@ def importance(network: Network, seed: int) -> Importances:
             layers.get_submodule(str(i)).register_forward_hook(observe(i, share))
             for i in range(architecture.num_layers)
         ]
-        try:
+        with removed_after(handles):
             network.forward(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
     return {"layers": total}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Stream, TensorSpec
+from llm_vtrans.hooks import removed_after
 from llm_vtrans.loading import Source, load_model, untie_head
 from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
 
@@ -142,11 +143,8 @@ def hooked(
         model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(hook)
         for name, hook in hooks.items()
     ]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_rotates(source: Source) -> None:

@@ -116,7 +116,7 @@ class Selection:
             yield problem
             return
         for size in hidden_sizes(problem, frozenset(self.structures)):
-            yield replace(problem, hidden_size=size)
+            yield replace(problem, fixed={Axis.HIDDEN: size})
 
 
 def hidden_sizes(problem: Problem, pruned: frozenset[str]) -> list[int]:

@@ -142,7 +142,7 @@ class TokenizerFields:
         Raises:
             UserError: not byte-level BPE, or a way to split text that llama.cpp does not know.
         """
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         try:
             content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.hooks import removed_after
 from llm_vtrans.probe.texts import Windows
 
 CATEGORIES = ("special", "current", "previous", "next", "keywords")
@@ -54,11 +55,8 @@ def watching(model: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[N
         return hook
 
     handles = [m.register_forward_hook(hook_of(i)) for i, m in enumerate(modules)]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

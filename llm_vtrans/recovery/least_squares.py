@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning
 from llm_vtrans.families.base import Axis, Stream, TensorSpec
+from llm_vtrans.hooks import removed_after
 
 MAX_BATCH_SIZE = 8  # windows in a forward pass
 HELDOUT_SHARE = 8  # one batch in so many chooses the ridge
@@ -224,10 +225,8 @@ def _observed(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Input and output of a module in the passes that run meanwhile."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    try:
+    with removed_after([handle]):
         yield seen
-    finally:
-        handle.remove()
 
 
 def _writers(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.arguments import PruneArguments, share_of
 from llm_vtrans.attachment import logits_of
 from llm_vtrans.calibration import TextSource, calibrate
 from llm_vtrans.errors import UserError
@@ -104,8 +104,9 @@ def task_of(args: PruneArguments, head: str, num_labels: int) -> str:
 
 
 def make_task(
-    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int | None
-) -> Task:
+    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int | None,
+    fraction: float = 1.0,
+) -> Task:  # fmt: skip
     """Reads and encodes a task's data.
 
     Args:
@@ -115,13 +116,15 @@ def make_task(
         seq_len: tokens in a sequence at most.
         num_samples: examples to train on; labelled data is repeated or cut to them, and None
             takes it as it is.
+        fraction: share of the data that is used, and of `num_samples` that is left.
 
     Raises:
         UserError: data that cannot be read or does not fit the task.
     """
     assert args.data is not None
     if kind in ("clm", "mlm"):
-        return _text_task(args, kind, tokenizer, seq_len, num_samples or args.samples)
+        num = num_samples or args.samples
+        return _text_task(args, kind, tokenizer, seq_len, num, fraction)
     fields = tuple(name.strip() for name in (args.text_field or "").split(",") if name.strip())
     source = Labelled(args.data, args.eval_data, fields, args.label_field)
     columns = SPAN_COLUMNS if kind == "qa" else source.columns()
@@ -144,7 +147,7 @@ def make_task(
     headline = {"classification": known, "regression": "spearman", "qa": "f1"}.get(kind, "accuracy")
     return Task(
         kind,
-        train.take(_order(len(train), num_samples or len(train), args.seed)),
+        train.take(training_order(len(train), num_samples, fraction, args.seed)),
         heldout,
         headline,
         f"{headline} over all {len(heldout)} validation examples of {args.data}",
@@ -152,19 +155,35 @@ def make_task(
     )
 
 
-def _order(num: int, num_samples: int, seed: int) -> Tensor:
-    """Rows to train on: one shuffle after the other."""
+def training_order(num: int, num_samples: int | None, fraction: float, seed: int) -> Tensor:
+    """Rows to train on: one shuffle after the other.
+
+    Args:
+        num: rows there are.
+        num_samples: rows to train on, repeated ones counted; None for each once.
+        fraction: share of the rows that is used, and of `num_samples` that is left, so that
+            every row used comes as often; which rows, the seed decides.
+        seed: of subset and shuffles.
+
+    Returns:
+        Indices, `(share_of(num_samples, fraction),)`.
+    """
     draw = torch.Generator().manual_seed(seed)
-    epochs = range(-(-num_samples // num))
-    return torch.cat([torch.randperm(num, generator=draw) for _ in epochs])[:num_samples]
+    used = torch.arange(num)
+    if fraction < 1:
+        used = torch.randperm(num, generator=draw)[: share_of(num, fraction)]
+    total = len(used) if num_samples is None else share_of(num_samples, fraction)
+    epochs = range(-(-total // len(used)))
+    return torch.cat([used[torch.randperm(len(used), generator=draw)] for _ in epochs])[:total]
 
 
 def _text_task(
-    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int
-) -> Task:
+    args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int,
+    fraction: float,
+) -> Task:  # fmt: skip
     text = TextSource(args.data or "", args.data_config, args.data_split, args.text_field)
     width = seq_len - 2 if kind == "mlm" else seq_len
-    data = calibrate(text, tokenizer, num_samples, width, args.seed)
+    data = calibrate(text, tokenizer, num_samples, width, args.seed, fraction)
     windows = f"{len(data.heldout)} non-overlapping windows of {seq_len} tokens held out from"
     if kind == "clm":
         protocol = f"token-level over {windows} {args.data}"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
@@ -65,15 +65,17 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
         )
     set_seed(args.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-        config = AutoConfig.from_pretrained(args.model, revision=args.revision)
-    except Exception as error:  # the hub's client and the readers raise many types
-        raise UserError(f"--model {args.model}: {' '.join(str(error).split())[:200]}") from error
+    where = {"revision": args.revision, "trust_remote_code": False}
+    remedy = "name a checkpoint of safetensors that transformers can load"
+    with blame(f"--model {args.model}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **where)
+        config = AutoConfig.from_pretrained(args.model, **where)
     longest = config.max_position_embeddings - (2 if config.model_type == "roberta" else 0)
     seq_len = args.seq_len or min(512, longest)
+    args = args.filled(seq_len, accelerator.num_processes)
     task = make_task(args, kind, tokenizer, seq_len, None)
-    model = _build(args, kind, task, tokenizer)
+    with blame(f"--model {args.model}", remedy):
+        model = _build(args, kind, task, tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.finetune_learning_rate, weight_decay=0.01
     )
@@ -114,7 +116,10 @@ def _build(args: PruneArguments, kind: str, task: Task, tokenizer: Any) -> Any:
     labels = {} if kind in ("clm", "mlm", "qa", "multiple-choice") else {
         "num_labels": task.num_labels
     }  # fmt: skip
-    model = auto.from_pretrained(args.model, revision=args.revision, dtype=torch.float32, **labels)
+    model = auto.from_pretrained(
+        args.model, revision=args.revision, dtype=torch.float32, trust_remote_code=False,
+        use_safetensors=True, **labels,
+    )  # fmt: skip
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -88,7 +88,7 @@ def test_labelled_task(
     manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     for stage in ("dense", "pruned"):
         assert set(manifest["scores"][stage]) == scores
-    assert manifest["score"]["masked"] == pytest.approx(manifest["score"]["pruned"], abs=1e-3)
+    assert manifest["score"]["tuned"] == pytest.approx(manifest["score"]["pruned"], abs=1e-3)
     auto = getattr(transformers, AUTO_CLASSES[HEADS[kind]])
     model = auto.from_pretrained(tmp_path / "out").eval()
     shape = (1, 2, 9) if kind == "multiple-choice" else (2, 9)
@@ -110,7 +110,7 @@ def test_masked_language_model(tmp_path: Path, encoder: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     score = manifest["score"]
     assert manifest["headline"] == "pseudo_perplexity" and score["pruned"] > 1
-    assert score["masked"] == pytest.approx(score["pruned"], rel=1e-3)
+    assert score["tuned"] == pytest.approx(score["pruned"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Costs, the Lagrangian and the schedules of target and sharpness."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,12 +157,21 @@ def test_budget_sparsity() -> None:
 @pytest.mark.parametrize(("target", "warmup"), [(0.5, 10), (0.7, 20)])
 def test_target_warms_up(target: float, warmup: int) -> None:
     start, steps = 0.1, 100
-    targets = [target_at(step, steps, start, target) for step in range(steps)]
+    targets = [target_at(step, steps, start, target, "linear") for step in range(steps)]
     assert targets[0] == start
     assert targets[warmup // 2] == pytest.approx((start + target) / 2)
     assert targets[warmup - 1] < target
     assert targets[warmup:] == pytest.approx([target] * (steps - warmup))
-    assert target_at(1, 3, start, target) == pytest.approx(target)  # however short the run
+    assert target_at(1, 3, start, target, "linear") == pytest.approx(
+        target
+    )  # however short the run
+
+
+def test_cubic_schedule_is_fast_at_first() -> None:
+    targets = [target_at(step, 100, 0.1, 0.5, "cubic") for step in range(100)]
+    rises = [b - a for a, b in pairwise(targets)]
+    assert targets[0] == pytest.approx(0.1) and targets[50:] == pytest.approx([0.5] * 50)
+    assert rises[:50] == sorted(rises[:50], reverse=True)
 
 
 def test_sharpness_is_annealed_geometrically() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from llm_vtrans.attachment import LINEAR_HEADS, MaskedModel
-from llm_vtrans.distillation import SelfDistillation, chunked_distillation, distillation_loss
+from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import head_of
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
@@ -49,9 +50,7 @@ def test_loss_is_that_of_the_logits(name: str) -> None:
     dense = masked(inputs).detach()
     masked.set_gates(gates)
     expected = distillation_loss(masked(inputs), dense)
-    found = SelfDistillation(masked)(
-        inputs, lambda: masked.set_gates(None), lambda: masked.set_gates(gates)
-    )
+    found = SelfDistillation(masked)(inputs, gates)["loss"]
     assert expected > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     grads = [torch.autograd.grad(loss, gates["ffn"])[0] for loss in (found, expected)]
@@ -77,12 +76,8 @@ def test_recomputation_sees_the_same_gates() -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, saved=saved: (saved.append(x.numel()), x)[1], lambda x: x
         ):
-            loss = distillation(
-                torch.arange(32).view(2, 16),
-                lambda masked=masked: masked.set_gates(None),
-                lambda masked=masked, gate=gate: masked.set_gates({"ffn": gate}),
-            )
-        loss.backward()
+            terms = distillation({"input_ids": torch.arange(32).view(2, 16)}, {"ffn": gate})
+        terms["loss"].backward()
         grads.append(gate.grad)
         peaks.append(sum(saved))
     torch.testing.assert_close(grads[1], grads[0])

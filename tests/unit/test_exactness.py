@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel, logits_of
 from llm_vtrans.budget import mac_cost, parameter_cost
-from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.export import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
@@ -128,6 +129,7 @@ def check_exact(
     plain = logits_of(model(**inputs))
     masked = MaskedModel(model, architecture, tuning)
     assert masked(inputs).equal(plain)  # without gates neither they nor the tuning act
+    tuning.is_on = True
     masked.set_gates(plan.hard())
     expected = masked(inputs)
     pruning = Pruning(
@@ -191,3 +193,22 @@ def test_generate_with_caches(
     cached = model.generate(prompt, cache_implementation=cache, **greedy)
     plain = model.generate(prompt, use_cache=False, **greedy)
     assert cached.tolist() == plain.tolist()
+
+
+def test_config_names_the_written_dtype(tmp_path: Path) -> None:
+    """A dense config may say float32 over bfloat16 shards: what is written counts."""
+    folder = save_tiny("llama", tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.dtype = "float32"
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    source = open_source(str(folder))
+    pruning = Pruning(
+        source.checkpoint, source.architecture, random_plan(source.architecture, True, 0)
+    )
+    config = export_config(pruning, source.family, source.config, True)
+    assert source.config.to_dict()["dtype"] in ("float32", torch.float32)
+    assert config["dtype"] == "bfloat16"

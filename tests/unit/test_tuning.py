@@ -46,6 +46,7 @@ def test_fresh_tuning_is_the_identity(name: str) -> None:
     gates = halved(architecture)
     plain = MaskedModel(tiny_model(name), architecture)
     tuned = MaskedModel(tiny_model(name), architecture, fresh(name))
+    tuned.tuning.is_on = True
     for masked in (plain, tuned):
         masked.set_gates(gates)
     with torch.no_grad():
@@ -64,6 +65,7 @@ def test_every_factor_and_map_acts(name: str) -> None:
             parameter += 0.1 * torch.randn_like(parameter)
     masked = MaskedModel(model, architecture, tuning)
     assert masked(tokens(2)).equal(dense)
+    tuning.is_on = True
     masked.set_gates(complete({"layers": torch.ones(1, 1)}, architecture))
     masked(tokens(2)).square().sum().backward()
     for key, parameter in tuning.named_parameters():

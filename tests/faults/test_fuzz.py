@@ -1,0 +1,103 @@
+"""Damaged and hostile files: a clean result or one line, whatever lies in them."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.checkpoint import INDEX_FILE, SINGLE_FILE
+from llm_vtrans.loading import load_model, open_source
+from llm_vtrans.planning import make_problem, window_length
+from tests.faults.conftest import Tally
+from tests.faults.guard import confined, outcome
+from tests.faults.mutations import counts, damaged_bytes, damaged_json, fuzz
+from tests.tiny import save_tiny, tiny_model
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "bert-mlm", "roberta-classify")
+
+
+def use(folder: Path) -> None:
+    """All that a run does with a checkpoint up to its first forward pass, that one included."""
+    source = open_source(str(folder))
+    args = PruneArguments(model=str(folder))
+    make_problem(args, source, CPU)
+    window_length(args, source)
+    source.checkpoint.sha256()
+    model = load_model(source, torch.float32, CPU)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Parsed header and data part of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "model")
+
+
+@counts(100, 3000)
+def test_headers(folder: Path, tally: Tally, num_cases: int) -> None:
+    path = folder / SINGLE_FILE
+    header, data = header_of(path.read_bytes())
+
+    def case(raw: bytes) -> None:
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+        tally.survived("safetensors header", outcome(lambda: use(folder)))
+
+    with confined(folder):
+        fuzz(num_cases, damaged_json(header, ("more.self_attn.rotary_emb.inv_freq",)), case)
+
+
+@counts(50, 2000)
+def test_bytes(folder: Path, tally: Tally, num_cases: int) -> None:
+    path = folder / SINGLE_FILE
+    whole = path.read_bytes()
+
+    def case(data: bytes) -> None:
+        path.write_bytes(data)
+        tally.survived("safetensors bytes", outcome(lambda: use(folder)))
+
+    with confined(folder):
+        fuzz(num_cases, damaged_bytes(whole) | damaged_bytes(whole[:3000]), case)
+
+
+@counts(60, 2000)
+def test_indices(folder: Path, tally: Tally, num_cases: int) -> None:
+    (folder / SINGLE_FILE).unlink()
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    index = json.loads((folder / INDEX_FILE).read_text())
+
+    def case(raw: bytes) -> None:
+        (folder / INDEX_FILE).write_bytes(raw)
+        tally.survived("index", outcome(lambda: use(folder)))
+
+    with confined(folder):
+        fuzz(num_cases, damaged_json(index, ("weight_map", "more")), case)
+
+
+@counts(15, 500)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs(tmp_path: Path, tally: Tally, family: str, num_cases: int) -> None:
+    folder = save_tiny(family, tmp_path / "model")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    more = (
+        "auto_map", "quantization_config", "num_labels", "attn_implementation",
+        "_attn_implementation", "rope_scaling", "torch_dtype", "layer_types", "id2label",
+    )  # fmt: skip
+
+    def case(raw: bytes) -> None:
+        path.write_bytes(raw)
+        tally.survived("config.json", outcome(lambda: use(folder)))
+
+    with confined(folder):
+        fuzz(num_cases, damaged_json(config, more), case)

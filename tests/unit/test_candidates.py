@@ -1,0 +1,60 @@
+"""Candidate plans: all within the budget, and the one of least loss is taken."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llm_vtrans.allocation import Problem, allocate
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.candidates import candidates, choose
+from llm_vtrans.families import family_for
+from llm_vtrans.masks import VIBMasks
+from llm_vtrans.search import initial_shapes
+
+ALL = ("hidden", "heads", "ffn", "layers")
+
+
+# Wide enough that a single unit is far less than the tolerance of the budget.
+CONFIG = LlamaConfig(
+    vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6,
+    num_attention_heads=12,
+)  # fmt: skip
+
+
+@pytest.fixture(params=[True, False])
+def case(request: pytest.FixtureRequest) -> tuple[VIBMasks, Problem]:
+    """Masks with a spread of log_alpha, one layer redundant, and half the parameters."""
+    is_uniform = request.param
+    architecture = family_for("llama").describe(CONFIG)
+    masks = VIBMasks(initial_shapes(architecture, ALL, is_uniform), 0.0, seed=0)
+    with torch.no_grad():
+        for key, log_var in masks.log_var.items():
+            log_var += 2 * torch.randn(log_var.shape, generator=torch.Generator().manual_seed(1))
+            if key == "layers":
+                log_var[:] = -4
+                log_var[1] = 4
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    return masks, Problem(architecture, cost, Budget("params", dense // 2, dense), 1, is_uniform)
+
+
+def test_candidates_meet_the_budget(case: tuple[VIBMasks, Problem]) -> None:
+    masks, problem = case
+    plans = list(candidates(masks, problem))
+    first = allocate(masks, problem)
+    assert plans[0].shape == first.shape
+    assert len({plan.shape for plan in plans}) > 2
+    for plan in plans:
+        assert problem.cost.of(plan.shape) <= problem.budget.target
+        least = min(problem.cost.of(first.shape), 0.999 * problem.budget.target)
+        assert problem.cost.of(plan.shape) >= least
+        assert plan.shape.is_uniform or not problem.is_uniform
+    # Some keep the layer that the masks would remove.
+    assert not bool(first.present[1].all()) and any(bool(plan.present.all()) for plan in plans)
+
+
+def test_the_candidate_of_least_loss_is_taken(case: tuple[VIBMasks, Problem]) -> None:
+    masks, problem = case
+    hidden = [plan.shape.hidden for plan in candidates(masks, problem)]
+    plan, loss = choose(masks, problem, lambda plan: float(plan.shape.hidden))
+    assert plan.shape.hidden == loss == min(hidden) < hidden[0]
