@@ -22,14 +22,16 @@ from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.checkpoint import Checkpoint
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import Axis
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import Source, load_model, open_source, untie_head
 from llm_vtrans.manifest import (
     CARD_FILE,
     RECIPE_FILE,
+    check_masks,
     dtype_name,
     figures,
     kept_units,
@@ -49,6 +51,7 @@ from llm_vtrans.planning import (
     training_settings,
     window_length,
 )
+from llm_vtrans.redaction import redact
 from llm_vtrans.report.build import write_run_report
 from llm_vtrans.reporting import (
     METRICS_FILE,
@@ -247,7 +250,23 @@ class Job:
             raise UserError(
                 f"--masks {self.args.masks}: trained with --rotate {given}; give it too"
             )
+        check_masks(trained, self._mask_shapes(), f"--masks {self.args.masks}")
         return trained
+
+    def _mask_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes that tensors of an earlier run may have: masks serve both layouts."""
+        names = self.args.structures()
+        layouts = [initial_shapes(self.architecture, names, uniform) for uniform in (True, False)]
+        shapes = {
+            f"{part}.{name}": [layout[name] for layout in layouts]
+            for part in ("mu", "log_var")
+            for name in names
+        }
+        with torch.device("meta"):
+            tuning = Tuning(self.architecture, self.uses_rotation).state_dict()
+        shapes |= {f"{TUNING}{name}": [tuple(tensor.shape)] for name, tensor in tuning.items()}
+        hidden = self.architecture.num_units[Axis.HIDDEN]
+        return {**shapes, "rotation": [(hidden, hidden)]} if self.uses_rotation else shapes
 
     def _open_state_folder(self) -> None:
         """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
@@ -350,7 +369,8 @@ class Job:
         if self.saved is not None:
             first_step, tensors = self.saved
             self.saved = None
-            restore(tensors, objective, optimizer)
+            with blame(self.output.path / STATE_FILE, "start with --overwrite"):
+                restore(tensors, objective, optimizer)
             self.reporter.say(f"resumed after step {first_step}")
 
         def save(step: int) -> None:
@@ -415,13 +435,13 @@ class Job:
         metrics = self.output.path / STATE_FOLDER / METRICS_FILE
         if metrics.is_file():  # there are none where `--masks` took the place of training
             shutil.copyfile(metrics, folder / METRICS_FILE)
-        atomic_write_text(folder / RECIPE_FILE, recipe(self.args))
+        atomic_write_text(folder / RECIPE_FILE, redact(recipe(self.args)))
         rest = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
         manifest = self._manifest(folder, {**rest, **hashes})
         write_manifest(folder, manifest)
         self.summary = figures(manifest)
         self.result = {key: manifest[key] for key in RESULT_KEYS}
-        (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
+        atomic_write_text(folder / CARD_FILE, redact(model_card(manifest, self.summary)))
         write_run_report(folder, self.output.path.name)
 
     def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def open_source(name: str, revision: str | None = None) -> Source:
     with blame(checkpoint.folder / "config.json", RESTORE):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         architecture = family.describe(config)
+    if min(architecture.num_layers, *architecture.num_units.values()) < 1:
+        raise UserError(f"{checkpoint.folder / 'config.json'}: a model of no size; {RESTORE}")
     _check_tensors(checkpoint, architecture, family)
     return Source(name, checkpoint, config, family, architecture)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 10**6, 10**9, 2**31, 2**63, 2**64, -(2**63), 10**4000,
     0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "0", "..", "../x.safetensors",
-    "/etc/passwd", "model.safetensors", "\ud800", "\x1b[2J\x07", "a\nb", "<script>alert(1)</script>",
+    "/etc/passwd", "model.safetensors", "\ud800", "\x1b[2J\x07", "a\nb", "<script>",
     "A" * 5000, "F32", "BOOL", "F4", [], [[]], [0], [-1], [2**62, 2**62], [10**4000, 10**4000],
     [1] * 500, {}, {"a": 1}, {"": None}, "llama", "gpt2", "custom.py--Evil", "someone/code--m.Evil",
 ]  # fmt: skip
