@@ -74,7 +74,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         _tell("interrupted; --resume continues from the last saved state")
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if handler is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, handler)
     return 0
 
 
