@@ -379,6 +379,9 @@ def _recipe_flags(path: Path, replaced: Sequence[str]) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: unknown key {key!r}; known are {sorted(known)}")
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict | set) for item in items):
+            raise UserError(f"--config {path}: {key}: expected a value or a list of values")
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if value is not None and name not in replaced:

@@ -30,6 +30,7 @@ def main() -> int:
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+        lines.append("\nevery command takes --offline: nothing is fetched, no connection is made")
         print("usage: llm-vtrans COMMAND [OPTIONS]\n\n" + "\n".join(lines))
         return 0 if arguments else USER_ERROR
     if arguments[0] not in COMMANDS:

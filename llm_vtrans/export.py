@@ -257,7 +257,8 @@ def export_config(
         UserError: the stock layout cannot express the shape.
     """
     dense = config.to_dict()
-    dense.pop("_name_or_path", None)
+    for key in ("_name_or_path", "auto_map"):  # code of the dense model's folder is not taken over
+        dense.pop(key, None)
     dense["tie_word_embeddings"] = pruning.architecture.tied_head is not None
     stored = {info.dtype for info in pruning.source.tensors.values()}
     written = pruning.dtype or (stored.pop() if len(stored) == 1 else None)

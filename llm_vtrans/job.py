@@ -28,12 +28,20 @@ from llm_vtrans.budget import Cost, mac_cost
 from llm_vtrans.candidates import candidates, choose
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import Axis
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
-from llm_vtrans.manifest import dtype_name, figures, plan_tensors, read_masks, write_masks
+from llm_vtrans.manifest import (
+    check_masks,
+    dtype_name,
+    figures,
+    plan_tensors,
+    read_masks,
+    write_masks,
+)
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
@@ -299,7 +307,20 @@ class Job:
             raise UserError(
                 f"--masks {self.args.masks}: trained with --rotate {given}; give it too"
             )
+        check_masks(trained, self._mask_shapes(), f"--masks {self.args.masks}")
         return trained
+
+    def _mask_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes that tensors of an earlier run may have: masks serve both layouts."""
+        names = self.args.structures()
+        layouts = [initial_shapes(self.architecture, names, uniform) for uniform in (True, False)]
+        shapes = {
+            f"{part}.{name}": [layout[name] for layout in layouts]
+            for part in ("mu", "log_var")
+            for name in names
+        }
+        hidden = self.architecture.num_units[Axis.HIDDEN]
+        return {**shapes, "rotation": [(hidden, hidden)]} if self.uses_rotation else shapes
 
     def _open_state_folder(self) -> None:
         """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
@@ -445,7 +466,8 @@ class Job:
         if self.saved is not None:
             first_step, tensors = self.saved
             self.saved = None
-            restore(tensors, objective, optimizer)
+            with blame(self.output.path / STATE_FILE, "start with --overwrite"):
+                restore(tensors, objective, optimizer)
             self.reporter.say(f"resumed after step {first_step}")
 
         def save(step: int) -> None:

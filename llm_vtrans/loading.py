@@ -75,6 +75,8 @@ def open_source(name: str, revision: str | None = None) -> Source:
     with blame(checkpoint.folder / "config.json", RESTORE):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         architecture = family.describe(config)
+    if min(architecture.num_layers, *architecture.num_units.values()) < 1:
+        raise UserError(f"{checkpoint.folder / 'config.json'}: a model of no size; {RESTORE}")
     _check_tensors(checkpoint, architecture, family)
     return Source(name, checkpoint, config, family, architecture)
 
@@ -117,14 +119,15 @@ def _local_folder(name: str, revision: str | None) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # offline, gated, missing: the hub's own words say which
+    except Exception as error:  # gated, missing: the hub's own words say which
+        reason = "offline, not fetched before" if constants.HF_HUB_OFFLINE else _one_line(error)
         raise UserError(
             f"--model {name}: neither a local folder nor to be had from the hub "
-            f"({_one_line(error)[:200]}); for gated models set HF_TOKEN"
+            f"({reason[:200]}); for gated models set HF_TOKEN"
         ) from error
 
 
@@ -150,6 +153,11 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: F
             raise UserError(
                 f"{found.file}: {name} has shape {found.shape} where config.json says {shape}: "
                 "config and weights are not of the same model"
+            )
+        if not found.dtype.is_floating_point:
+            raise UserError(
+                f"{found.file}: {name} has dtype {found.dtype}; only checkpoints of floating-point "
+                "weights can be pruned, not quantised ones"
             )
 
 

@@ -6,6 +6,7 @@ Runs as `accelerate launch llm_vtrans/prune.py` and as `llm-vtrans prune`.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ if not __package__:  # as a script this folder comes first; the package must be 
 from llm_vtrans.arguments import PruneArguments, parse
 from llm_vtrans.command import run_command
 from llm_vtrans.job import Job
+from llm_vtrans.output_folder import exclusive
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.recording import finished_manifest, result_line
 from llm_vtrans.reporting import Reporter, is_rank_zero
@@ -32,7 +34,7 @@ def prune(arguments: list[str]) -> None:
         Preempted: a signal asked the run to go.
     """
     args = parse(arguments)
-    with Preemption() as preemption:
+    with Preemption() as preemption, sole_writer(args.output_folder()):
         if args.finetune_first:
             args = finetune_first(args)
         if args.resume and (manifest := finished_manifest(args)) is not None:
@@ -48,6 +50,11 @@ def prune(arguments: list[str]) -> None:
         job.tune()
         job.export()
         job.summarise()
+
+
+def sole_writer(folder: Path) -> AbstractContextManager[None]:
+    """The lock on the output folder, which rank zero holds for all."""
+    return exclusive(folder) if is_rank_zero() else nullcontext()
 
 
 def _tell_finished(args: PruneArguments, manifest: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from llm_vtrans.arguments import PruneArguments, recipe
 from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.errors import UserError
 from llm_vtrans.manifest import (
     CARD_FILE,
     RECIPE_FILE,
@@ -24,7 +25,9 @@ from llm_vtrans.manifest import (
 from llm_vtrans.model_card import PIPELINES, base_license, model_card
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
 from llm_vtrans.planning import dense_params
+from llm_vtrans.redaction import redact
 from llm_vtrans.report.build import write_run_report
+from llm_vtrans.report.record import RunRecord
 from llm_vtrans.reporting import METRICS_FILE, command_line, versions
 from llm_vtrans.run_state import STATE_FILE
 from llm_vtrans.verification import sha256_of, windows_sha256
@@ -54,8 +57,13 @@ def finished_manifest(args: PruneArguments) -> dict[str, Any] | None:
     folder = args.output_folder()
     if (folder / STATE_FILE).is_file() or not (folder / MANIFEST_FILE).is_file():
         return None
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
+    try:
+        manifest: dict[str, Any] = RunRecord.read(folder).manifest
+    except UserError:  # something else lies there, which the check of the folder tells
+        return None
     found, now = manifest["settings"], deciding_settings(args)
+    if not now["samples"]:  # the default, which is known with the model only
+        del now["samples"]
     is_same = all(found[name] == now[name] for name in found.keys() & now.keys())
     return manifest if is_same else None
 
@@ -80,7 +88,7 @@ def write_record(job: Job, folder: Path, hashes: dict[str, str], metrics: Path) 
     """
     if metrics.is_file():
         shutil.copyfile(metrics, folder / METRICS_FILE)
-    atomic_write_text(folder / RECIPE_FILE, recipe(job.args))
+    atomic_write_text(folder / RECIPE_FILE, redact(recipe(job.args)))
     rest = {
         path.name: sha256_of(path)
         for path in sorted(folder.iterdir())
@@ -88,7 +96,7 @@ def write_record(job: Job, folder: Path, hashes: dict[str, str], metrics: Path) 
     }
     manifest = _manifest(job, folder, {**rest, **hashes})
     write_manifest(folder, manifest)
-    (folder / CARD_FILE).write_text(model_card(manifest, figures(manifest)))
+    atomic_write_text(folder / CARD_FILE, redact(model_card(manifest, figures(manifest))))
     write_run_report(folder, job.output.path.name)
     return manifest
 

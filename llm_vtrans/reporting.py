@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llm_vtrans import __version__
+from llm_vtrans.redaction import redact
 from llm_vtrans.training import Progress
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -156,7 +157,7 @@ def is_rank_zero() -> bool:
 
 def command_line() -> str:
     """The arguments of this run, without the path of the program."""
-    return " ".join(["llm-vtrans", "prune", *sys.argv[1:]])
+    return redact(" ".join(["llm-vtrans", "prune", *sys.argv[1:]]))
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
