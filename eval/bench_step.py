@@ -27,11 +27,12 @@ from torch import Tensor
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, Limit, complete, dense_shape, parameter_cost
 from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.reporting import table
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
-from llm_vtrans.training import Objective, TrainingSettings, distillation_loss
+from llm_vtrans.training import Objective, TrainingSettings
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 

@@ -19,6 +19,7 @@ BUDGETS = ("sparsity", "params")  # they exclude each other
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 VARIANTS = ("faster", "fast", "vtrans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMS = ("full", "4bit", "8bit")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
 STEP_TOKENS = 2048  # per rank and micro-batch
@@ -140,6 +141,18 @@ class PruneArguments:
         "auto", "Dtype to compute in. auto: float32 on CPU, bfloat16 on GPU.", DTYPES
     )
     export_dtype: str = _option("auto", "Dtype to write. auto: the dense checkpoint's.", DTYPES)
+    gradient_checkpointing: bool = _option(
+        False, "Recompute each layer in the backward pass: less memory, a third more time."
+    )
+    load_in: str = _option(
+        "full",
+        "Form of the frozen weights during training: full (--dtype), or 4bit or 8bit by "
+        "bitsandbytes. The export is cut from the full-precision shards in any case.",
+        LOAD_FORMS,
+    )
+    track: str | None = _option(
+        None, "Where to send metrics as well: tensorboard, wandb and others, separated by commas."
+    )
     masks: str | None = _option(
         None, "Earlier run whose trained masks serve this budget, instead of training."
     )
@@ -195,6 +208,11 @@ class PruneArguments:
         self.shard_bytes()
         self.num_params()
         self.num_macs(1)
+
+    def trackers(self) -> list[str]:
+        """Names of --track, in lower case."""
+        names = [name.strip().lower() for name in (self.track or "").split(",")]
+        return [name for name in names if name]
 
     def _check_variant(self) -> None:
         """Checks and fills what depends on the variant."""
@@ -361,6 +379,9 @@ def _recipe_flags(path: Path, replaced: Sequence[str]) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: unknown key {key!r}; known are {sorted(known)}")
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict | set) for item in items):
+            raise UserError(f"--config {path}: {key}: expected a value or a list of values")
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if value is not None and name not in replaced:

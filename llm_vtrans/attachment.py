@@ -27,6 +27,7 @@ from llm_vtrans.families.base import (
     Stream,
     Sublayer,
     TensorSpec,
+    head_of,
 )
 from llm_vtrans.tuning import INPUT, OUTPUT, READ, WRITE, Tuning
 
@@ -35,6 +36,9 @@ PRESENT_HIDDEN = "hidden.present"
 PRESENT_LAYERS = "layers.present"
 # Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
 PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
+
+LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
+RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
 
 Gates = Mapping[str, Tensor]
 
@@ -104,16 +108,20 @@ class MaskedModel(nn.Module):
 
     def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.architecture = architecture
-        self.tuning = Tuning(architecture, has_maps=False, has_scales=False)
-        if tuning is not None:
-            self.tuning = tuning
+        # Not one of this module's own: ZeRO-3 would slice it with the weights.
+        self._tuning = [tuning or Tuning(architecture, has_maps=False, has_scales=False)]
         self._gates: Gates | None = None
         for name, (spec, layer) in architecture.named_tensors().items():
             path, _, leaf = name.rpartition(".")
             if leaf == "weight":
                 self._hook(path, spec, layer)
+
+    @property
+    def tuning(self) -> Tuning:
+        """The maps and factors; the stage that trains them is the module that owns them."""
+        return self._tuning[0]
 
     def set_gates(self, gates: Gates | None) -> None:
         """Sets the gate values of the coming forward passes; None takes masks and tuning off.
@@ -128,8 +136,21 @@ class MaskedModel(nn.Module):
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
-        named = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-        return logits_of(self.model(**named, use_cache=False))
+        return logits_of(self.model(**_named(inputs), use_cache=False))
+
+    def hidden_states(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """What the output head of a language model reads, `(batch, seq, hidden)`."""
+        hidden: Tensor = self.model.base_model(**_named(inputs), use_cache=False)[0]
+        return hidden
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The linear map from `hidden_states` to logits; None where a model does more than that."""
+        config = self.model.config
+        if head_of(config) not in LINEAR_HEADS or any(getattr(config, n, None) for n in RESCALES):
+            return None
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
 
     def _hook(self, path: str, spec: TensorSpec, layer: int | None) -> None:
         """Registers what one weight's row of the table asks for."""
@@ -265,6 +286,11 @@ def logits_of(output: Any) -> Tensor:
         return torch.stack([output.start_logits, output.end_logits], dim=1)
     logits: Tensor = output.logits
     return logits
+
+
+def _named(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Model inputs by name; tokens alone may come without one."""
+    return {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ NAMED = {
 }
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 CHARACTERS_PER_TOKEN = 8  # generous: text is read until there is surely enough of it
+LONGEST_DOCUMENT = 2**20  # characters; what is longer comes in pieces: memory is bounded
 HELDOUT_SHARE = 16  # one window in so many is set apart for evaluation
 
 
@@ -78,6 +80,9 @@ def calibrate(
     """
     num_heldout = max(1, min(64, num_samples // HELDOUT_SHARE))
     passages = _passages(documents(source), seq_len, num_samples + num_heldout)
+    if len(passages) == 1:  # one giant line: its parts stand in for documents
+        size = -(-len(passages[0]) // (2 * HELDOUT_SHARE))
+        passages = [passages[0][i : i + size] for i in range(0, len(passages[0]), size)]
     random.Random(seed).shuffle(passages)
     train_passages, heldout_passages = passages, list(heldout_documents())
     if source.data != EMBEDDED:
@@ -147,14 +152,40 @@ def _read_rows(file: Path, field: str) -> Iterator[str]:
 
 def _read_paragraphs(file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8") as lines:
-            for is_blank, block in groupby(lines, key=lambda line: not line.strip()):
+        with file.open(encoding="utf-8") as text:
+            block: list[str] = []
+            size = 0
+            for line in iter(lambda: text.readline(LONGEST_DOCUMENT), ""):
+                if "\0" in line:
+                    raise UserError(f"--data {file}: holds zero bytes, so it is not text")
+                is_blank = not line.strip()
                 if not is_blank:
+                    block.append(line)
+                    size += len(line)
+                if block and (is_blank or size >= LONGEST_DOCUMENT):
                     yield "".join(block)
+                    block, size = [], 0
+            if block:
+                yield "".join(block)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--data {file}: not UTF-8 text (byte {error.start}): convert it first"
+            f"--data {file}: not UTF-8 text (byte {_first_bad_byte(file)}): convert it first"
         ) from error
+
+
+def _first_bad_byte(file: Path) -> int:
+    """Where a file stops being UTF-8, counted from its beginning."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with file.open("rb") as data:
+        while chunk := data.read(2**20):
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                return position - pending + error.start
+            position += len(chunk)
+    return position - len(decoder.getstate()[0])
 
 
 def _read_hub(source: TextSource) -> Iterator[str]:
@@ -183,7 +214,8 @@ def _texts(rows: Iterable[dict[str, Any]], field: str, name: str) -> Iterator[st
             )
         text = row[field]
         if isinstance(text, str) and text.strip():
-            yield text
+            for start in range(0, len(text), LONGEST_DOCUMENT):
+                yield text[start : start + LONGEST_DOCUMENT]
 
 
 def _passages(texts: Iterator[str], seq_len: int, num_windows: int) -> list[str]:

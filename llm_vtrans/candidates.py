@@ -16,8 +16,8 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
 
-HIDDEN_RATIOS = (0.92, 1.0, 1.08)  # of the sizes of largest benefit
-HEADS_RATIOS = (0.85, 1.0, 1.15)
+HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
+HEADS_RATIOS = (0.85, 1.15)
 
 
 def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
@@ -47,6 +47,8 @@ def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
             fixed[Axis.HEADS] = num_heads
         with suppress(UserError):  # these sizes may not fit the budget
             plan = allocate_scores(way, gate, replace(problem, fixed=fixed))
+            if plan.shape == best.shape:
+                continue
             if _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE):
                 yield plan
 
@@ -64,12 +66,11 @@ def _near(
     place = min(range(len(allowed)), key=lambda i: abs(allowed[i] - count))
     found = {allowed[place]}
     for ratio in ratios:
-        if ratio != 1:
-            near = min(range(len(allowed)), key=lambda i: abs(allowed[i] - ratio * count))
-            step = 1 if ratio > 1 else -1
-            near = near if near != place else place + step
-            if 0 <= near < len(allowed):
-                found.add(allowed[near])
+        near = min(range(len(allowed)), key=lambda i: abs(allowed[i] - ratio * count))
+        if near == place:
+            near += 1 if ratio > 1 else -1
+        if 0 <= near < len(allowed):
+            found.add(allowed[near])
     return sorted(found)
 
 

@@ -204,7 +204,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     """Parse a JSON file that must hold one object."""
     _check_file(path, _MAX_HEADER_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; name the folder that `save_pretrained` has written."
@@ -216,6 +216,11 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object; {_DOWNLOAD_AGAIN}.")
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    """JSON knows no NaN, and no config of a usable model does."""
+    raise ValueError(f"it holds {name}")
 
 
 def _no_weights_message(folder: Path) -> str:

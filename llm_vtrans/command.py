@@ -5,14 +5,27 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import Preempted, UserError
+from llm_vtrans.offline import forbid_network
+from llm_vtrans.redaction import redact
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 LONGEST = 2000  # characters of an error
+OFFLINE = "--offline"  # every command takes it
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "the largest file allowed here is smaller: see `ulimit -f`, lower --shard-size",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "give the permission, or choose another place",
+    errno.EPERM: "give the permission, or choose another place",
+    errno.EMFILE: "allow more open files: see `ulimit -n`",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,19 +51,35 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         arguments: those arguments.
 
     Returns:
-        0; 2 for a `UserError` or a full or read-only disk, told in one line; 130 if interrupted.
+        0; 2 for a `UserError` or what the system refuses (a full disk), told in one line; 75 if a
+        scheduler asked it to go (`Preempted`): the same command with --resume goes on; 130 if
+        interrupted.
     """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.SIG_DFL:  # the package's start: see llm_vtrans/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        command(arguments)
+        if OFFLINE in arguments:
+            forbid_network()
+        command([argument for argument in arguments if argument != OFFLINE])
     except UserError as error:
         return _tell(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno is None:  # raised by a library, not by the system
             raise
-        return _tell(f"{error.filename or 'output'}: {error.strerror}; free space or permissions")
+        remedy = REMEDIES.get(error.errno, "see that it stays in place and can be used")
+        return _tell(f"{error.filename or 'output'}: {error.strerror}; {remedy}")
+    except MemoryError:
+        return _tell("out of memory; lower --batch-size or --seq-len")
+    except Preempted as preempted:
+        _tell(str(preempted))
+        return PREEMPTED
     except KeyboardInterrupt:
         _tell("interrupted; --resume continues from the last saved state")
         return INTERRUPTED
+    finally:
+        if handler is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, handler)
     return 0
 
 
@@ -59,7 +88,7 @@ def printable(message: str) -> str:
 
     Messages quote names out of files that may come from anywhere.
     """
-    line = " ".join(message.split())
+    line = redact(" ".join(message.split()))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

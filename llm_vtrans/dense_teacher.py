@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from llm_vtrans.attachment import Gates, MaskedModel, logits_of
 from llm_vtrans.distillation import Distillation
+from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.families.base import Axis
 from llm_vtrans.tasks.encoding import Batch, inputs_of
-from llm_vtrans.training import distillation_loss
 from llm_vtrans.tuning import MAP_LEARNING_RATE
 
 NUM_MATCHED = 4  # teacher layers at most, evenly spaced; CoFi's number
@@ -33,6 +33,7 @@ class DenseTeacher(Distillation):
         learning_rate: largest one of the weights.
         temperature: of the distributions that are compared.
         dtype: to compute in; the weights are float32.
+        recomputes: as `Distillation`.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class DenseTeacher(Distillation):
         learning_rate: float,
         temperature: float,
         dtype: torch.dtype,
+        recomputes: bool = False,
     ):
-        super().__init__(masked)
+        super().__init__(masked, recomputes)
         self.teacher = teacher.requires_grad_(False)
         self.learning_rate, self.temperature, self.dtype = learning_rate, temperature, dtype
         size = masked.architecture.num_units[Axis.HIDDEN]
@@ -53,7 +55,12 @@ class DenseTeacher(Distillation):
     @torch.no_grad()
     def teach(self, inputs: Batch) -> Tensor:
         """Logits of the dense model."""
+        self.masked.set_gates(None)
         return logits_of(self.teacher(**inputs, use_cache=False))
+
+    def loss(self, inputs: Batch, taught: Tensor) -> Tensor:
+        """Mean KL per prediction in nats, shape `()`, under the gates in force."""
+        return distillation_loss(self.masked(inputs), taught)
 
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
         """Terms of one micro-batch: `distillation` and `hidden`, and with labels `task`."""

@@ -39,6 +39,7 @@ from llm_vtrans.families.base import (
     Sublayer,
     TensorSpec,
 )
+from llm_vtrans.loading import stored_name
 from llm_vtrans.rotation import Basis, rotate_tensor
 from llm_vtrans.shard_writer import ShardWriter
 from llm_vtrans.tuning import INPUT, OUTPUT, scale_name
@@ -85,9 +86,7 @@ class Pruning:
 
     def source_name(self, name: str) -> str:
         """Where a tensor is read from: a head that was tied comes from the embedding."""
-        if name in self.source.tensors:
-            return name
-        return self.architecture.embedding.name
+        return stored_name(name, self.source, self.architecture)
 
     def kept(self, axis: Axis, layer: int | None) -> Tensor:
         """Indices of the kept units of an axis, `(num_kept,)`."""
@@ -154,7 +153,7 @@ class Pruning:
         """What the norm in front of a reader multiplies by."""
         if spec.norm is None:
             return None
-        offset = next(row.offset for row in self.architecture.tensors if row.name == spec.norm)
+        offset = self.architecture.row(spec.norm).offset
         return self.source.read(spec.norm.format(layer)) + offset
 
     @property
@@ -258,7 +257,8 @@ def export_config(
         UserError: the stock layout cannot express the shape.
     """
     dense = config.to_dict()
-    dense.pop("_name_or_path", None)
+    for key in ("_name_or_path", "auto_map"):  # code of the dense model's folder is not taken over
+        dense.pop(key, None)
     dense["tie_word_embeddings"] = pruning.architecture.tied_head is not None
     stored = {info.dtype for info in pruning.source.tensors.values()}
     written = pruning.dtype or (stored.pop() if len(stored) == 1 else None)

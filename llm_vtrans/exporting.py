@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from llm_vtrans.arguments import BUDGETS, CALL_FIELDS
+from llm_vtrans.arguments import BUDGETS, CALL_FIELDS, PruneArguments
 from llm_vtrans.command import Parser
 from llm_vtrans.errors import UserError
+from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.prune import prune
 from llm_vtrans.report.record import RunRecord
 
@@ -36,12 +38,11 @@ def export(arguments: list[str]) -> None:
 
 def flags_of(run: Path) -> Sequence[str]:
     """The settings of a run as flags, with its masks in place of training."""
-    settings = RunRecord.read(run).manifest["settings"]
-    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "steps", "tune_share"}
-    flags = [
-        flag
-        for name, value in settings.items()
-        if name not in left_out and value is not None
-        for flag in (f"--{name}", str(value))
-    ]
+    settings = RunRecord.read(run).manifest.get("settings")
+    if not isinstance(settings, dict):
+        raise UserError(f"{run / MANIFEST_FILE}: has no settings; name a folder that prune wrote")
+    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "tune_share"}
+    names = [f.name for f in fields(PruneArguments) if f.name not in left_out]
+    # One word each, so that no value can be taken for another flag.
+    flags = [f"--{name}={settings[name]}" for name in names if settings.get(name) is not None]
     return [*flags, "--masks", str(run), "--tune_share", "0"]

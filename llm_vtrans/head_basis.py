@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Dim, Role
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.zero3 import gathered
 
 FLOOR = 1e-9  # of the largest eigenvalue: keeps a moment of few tokens invertible
 PREFIX = "head_basis."  # of the maps in masks.safetensors
@@ -125,8 +126,9 @@ def balanced_basis(
             continue
         module = model.get_submodule(path)
         if dim.roles == (Role.OUTPUT,):
-            weight = module.get_parameter(leaf).movedim(spec.dims.index(dim), -1)
-            observe(moments[Role.OUTPUT][layer], weight)
+            weight = module.get_parameter(leaf)
+            with gathered([weight]):
+                observe(moments[Role.OUTPUT][layer], weight.movedim(spec.dims.index(dim), -1))
             mixed = moments[Role.VALUE][layer]
             hooks.append(
                 module.register_forward_pre_hook(lambda _, args, m=mixed: observe(m, args[0]))

@@ -5,47 +5,45 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
-from llm_vtrans.arguments import PruneArguments, recipe
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Cost, dense_shape, mac_cost, parameter_cost
+from llm_vtrans.budget import Cost, mac_cost
 from llm_vtrans.candidates import candidates, choose
-from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import Axis
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.loading import Source, load_model, open_source, untie_head
+from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
 from llm_vtrans.manifest import (
-    CARD_FILE,
-    RECIPE_FILE,
+    check_masks,
     dtype_name,
     figures,
-    kept_units,
     plan_tensors,
     read_masks,
-    write_manifest,
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.model_card import PIPELINES, base_license, model_card
-from llm_vtrans.output_folder import OutputFolder, atomic_write_text
+from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
     dense_params,
     make_problem,
@@ -54,40 +52,50 @@ from llm_vtrans.planning import (
     training_settings,
     window_length,
 )
-from llm_vtrans.report.build import write_run_report
+from llm_vtrans.preemption import Preemption
+from llm_vtrans.quantised import FULL, check_form
+from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
 from llm_vtrans.report.record import RunRecord
-from llm_vtrans.reporting import (
-    METRICS_FILE,
-    Reporter,
-    command_line,
-    truncate_metrics,
-    versions,
-)
+from llm_vtrans.reporting import METRICS_FILE, Reporter, truncate_metrics
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
-from llm_vtrans.search import (
-    INITIAL_LOG_VAR,
-    SearchObjective,
-    complete_layers,
-    initial_shapes,
-)
+from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, complete_layers, initial_shapes
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
-from llm_vtrans.trained_weights import BYTES_PER_PARAMETER, FOLDER, stored_weights, train_weights
-from llm_vtrans.training import Objective, TrainingSettings, distillation_loss, train
+from llm_vtrans.trained_weights import (
+    BYTES_PER_PARAMETER,
+    FOLDER,
+    check_trainable,
+    stored_weights,
+    train_weights,
+)
+from llm_vtrans.training import Objective, Progress, TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
-from llm_vtrans.verification import sha256_of, windows_sha256
+from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 STATE_FOLDER = STATE_FILE.split("/")[0]
-RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
-    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
-    "phases",
-)  # fmt: skip
+TRACKING_FOLDER = "tracking"  # beside the results, for trackers that write files
+EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
-METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
+
+
+def _trackers(args: PruneArguments) -> list[str] | None:
+    """Accelerate's trackers that `--track` names.
+
+    Raises:
+        UserError: one of them is unknown or not installed.
+    """
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in args.trackers():
+        if name not in available:
+            raise UserError(
+                f"--track {name}: not installed; there are {', '.join(available) or 'none'} "
+                "(pip install tensorboard, wandb, ...)"
+            )
+    return args.trackers() or None
 
 
 @dataclass
@@ -104,6 +112,7 @@ class Job:
         settings: of the training loop.
         data: the task with its examples.
         output: the result's folder.
+        preemption: tells when a signal asks the run to go.
         saved: step and tensors of the unfinished run to continue.
     """
 
@@ -116,6 +125,7 @@ class Job:
     settings: TrainingSettings
     data: Task
     output: OutputFolder
+    preemption: Preemption
     perplexity: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     rotation: Tensor | None = None
@@ -124,14 +134,15 @@ class Job:
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
+    distillation: Distillation = field(init=False)
     masks: VIBMasks = field(init=False)
     tuning: Tuning = field(init=False)
-    distillation: Distillation = field(init=False)
     is_searched: bool = field(init=False)
     plan: PrunePlan = field(init=False)
+    manifest: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, args: PruneArguments) -> Job:
+    def prepare(cls, args: PruneArguments, preemption: Preemption) -> Job:
         """Checks everything that can be checked without loading weights.
 
         Raises:
@@ -139,27 +150,34 @@ class Job:
         """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
+            log_with=_trackers(args),
+            project_dir=args.output_folder().parent / TRACKING_FOLDER,
+        )
         set_seed(args.seed)
+        check_form(args.load_in, accelerator)
+        check_trainable(args, accelerator)
         reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)
-        args = args.filled(window_length(args, source), accelerator.num_processes)
+        seq_len = window_length(args, source)
+        args = args.filled(seq_len, accelerator.num_processes)
         problem = make_problem(args, source, accelerator.device)
         check_reachable(problem, frozenset(args.structures()))
         trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
         output.require_space(2 * source.checkpoint.num_bytes + trained)
-        seq_len = window_length(args, source)
         with reporter.phase("calibration"):
             data = task_data(args, source, seq_len)
         settings = training_settings(args, accelerator.num_processes)
         reporter.num_steps = settings.num_steps
         job = cls(
             args, accelerator, reporter, source, problem.architecture, problem, settings, data,
-            output,
+            output, preemption,
         )  # fmt: skip
         job.saved = job._saved_state()
         return job
@@ -195,7 +213,7 @@ class Job:
             f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
             f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
             f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
-            f"{dtype_name(self._dtype)}\nresult in {args.output_folder()}"
+            f"{dtype_name(self.dtype)}\nresult in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
             plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
@@ -207,7 +225,8 @@ class Job:
         return int(self.accelerator.num_processes)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
         if self.args.dtype != "auto":
             return getattr(torch, self.args.dtype)
         return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
@@ -215,9 +234,13 @@ class Job:
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""
         known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
+        device = self.accelerator.device
+        configure(self.accelerator, self.dtype, self.args.batch_size)
         with self.reporter.phase("load"):
-            dtype = torch.float32 if self.args.trains_weights else self._dtype
-            model = load_model(self.source, dtype, self.accelerator.device)
+            dtype = torch.float32 if self.args.trains_weights else self.dtype
+            model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
+        if not self.args.trains_weights:
+            self._connect(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
@@ -232,11 +255,8 @@ class Job:
         if self.uses_rotation:
             with self.reporter.phase("rotate"):
                 self._rotate(model, known.get("rotation"))
-        device = self.accelerator.device
-        self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
-        teacher = copy.deepcopy(model) if self.args.trains_weights else None
-        self.masked = MaskedModel(model, self.architecture, self.tuning)
-        self.distillation = self._distillation(teacher)
+        if self.args.trains_weights:
+            self._connect(model, teacher=copy.deepcopy(model))
         shapes = initial_shapes(self.architecture, self.args.structures(), self.problem.is_uniform)
         shapes |= {n[3:]: tuple(t.shape) for n, t in known.items() if n.startswith("mu.")}
         self.masks = VIBMasks(shapes, INITIAL_LOG_VAR, self.args.seed).to(device)
@@ -245,17 +265,24 @@ class Job:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
         if self.accelerator.is_main_process:
             self._open_state_folder()
+        if self.args.track:
+            settings = {name: str(value) for name, value in asdict(self.args).items()}
+            self.accelerator.init_trackers(self.output.path.name, settings)
 
-    def _distillation(self, teacher: nn.Module | None) -> Distillation:
-        """Masked model with its teacher, which is itself if its weights stay frozen."""
+    def _connect(self, model: PreTrainedModel, teacher: nn.Module | None = None) -> None:
+        """Hooks gates and tuning onto the model; its teacher is itself if weights stay frozen."""
+        args, device = self.args, self.accelerator.device
+        self.tuning = Tuning(self.architecture, self.uses_rotation).to(device)
+        self.masked = MaskedModel(model, self.architecture, self.tuning)
         if teacher is None:
-            return SelfDistillation(self.masked)
-        args = self.args
-        train_weights(self.masked.model, self.architecture, self.uses_rotation)
-        return DenseTeacher(
-            self.masked, teacher.to(self._dtype), args.weight_learning_rate, args.temperature,
-            self._dtype,
-        )  # fmt: skip
+            self.distillation = SelfDistillation(self.masked, args.gradient_checkpointing)
+            attach(self.accelerator, self.distillation)
+            return
+        train_weights(model, self.architecture, self.uses_rotation)
+        self.distillation = DenseTeacher(
+            self.masked, teacher.to(self.dtype), args.weight_learning_rate, args.temperature,
+            self.dtype, args.gradient_checkpointing,
+        ).to(device)  # fmt: skip
 
     def _trained_masks(self) -> dict[str, Tensor]:
         """Tensors of the earlier run that `--masks` names, or none."""
@@ -280,7 +307,20 @@ class Job:
             raise UserError(
                 f"--masks {self.args.masks}: trained with --rotate {given}; give it too"
             )
+        check_masks(trained, self._mask_shapes(), f"--masks {self.args.masks}")
         return trained
+
+    def _mask_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes that tensors of an earlier run may have: masks serve both layouts."""
+        names = self.args.structures()
+        layouts = [initial_shapes(self.architecture, names, uniform) for uniform in (True, False)]
+        shapes = {
+            f"{part}.{name}": [layout[name] for layout in layouts]
+            for part in ("mu", "log_var")
+            for name in names
+        }
+        hidden = self.architecture.num_units[Axis.HIDDEN]
+        return {**shapes, "rotation": [(hidden, hidden)]} if self.uses_rotation else shapes
 
     def _open_state_folder(self) -> None:
         """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
@@ -302,8 +342,6 @@ class Job:
             state.parent.rmdir()
 
     def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
-        if self.source.architecture.tied_head is not None:
-            untie_head(model)
         if basis is None:
             basis = principal_basis(
                 model,
@@ -312,7 +350,11 @@ class Job:
                 lambda b: model(**b),
             )
         self.rotation = basis
-        rotate_model(model, self.architecture, basis)
+        if self.args.load_in == FULL:
+            rotate_model(model, self.architecture, basis)
+        else:  # first rotated, then quantised
+            weights = Weights(self.source, self.architecture, basis, self.args.load_in)
+            fill_model(model, weights, self.dtype, self.accelerator.device)
 
     def _first_batches(self, num: int) -> list[Batch]:
         """Inputs from the first training examples, the same on every rank."""
@@ -333,12 +375,8 @@ class Job:
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that a resumed run must share; ranks may differ if the global batch does not."""
-        free = {"config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every",
-                "quiet", "json", "shard_size", "export_dtype", "batch_size",
-                "gradient_accumulation"}  # fmt: skip
-        settings = {k: v for k, v in asdict(self.args).items() if k not in free}
         return {
-            **settings,
+            **deciding_settings(self.args),
             "global_batch": self.args.global_batch(self._num_ranks),
             "checkpoint": self.source.checkpoint.sha256(),
         }
@@ -359,24 +397,29 @@ class Job:
             if self.saved is not None:
                 self._recall(extra_tensors(self.saved[1]))
                 return
-            self.plan = self._choose(self.problem)
-            other = replace(self.problem, is_uniform=not self.problem.is_uniform)
+            loss = self._plan_loss()
+            self.plan = self._choose(self.problem, loss)
             self.perplexity["hardened"] = self._masked_perplexity(self.plan)
+            other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = self._choose(other)
+                plan = self._choose(other, loss)
                 self.perplexity["other_layout"] = self._masked_perplexity(plan)
 
-    def _choose(self, problem: Problem) -> PrunePlan:
-        """The candidate of least distillation loss on a few training batches."""
+    def _plan_loss(self) -> Callable[[PrunePlan], float]:
+        """Distillation loss of a plan's hard-masked network on a few training batches."""
         batches = self._first_batches(CHOICE_EXAMPLES)
-        teachers = [self.distillation.teach(batch) for batch in batches]
+        taught = [self.distillation.teach(batch) for batch in batches]
 
         @torch.no_grad()
         def loss(plan: PrunePlan) -> float:
             self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
-            pairs = zip(batches, teachers, strict=True)
-            return sum(float(distillation_loss(self.masked(b), t)) for b, t in pairs)
+            pairs = zip(batches, taught, strict=True)
+            return sum(float(self.distillation.loss(*pair)) for pair in pairs)
 
+        return loss
+
+    def _choose(self, problem: Problem, loss: Callable[[PrunePlan], float]) -> PrunePlan:
+        """The candidate of least loss."""
         plan, _ = choose(self.masks, problem, loss)
         self.masked.set_gates(None)
         return replace(plan, basis=self.head_basis)
@@ -418,29 +461,41 @@ class Job:
 
     def _train(self, objective: Objective, record: dict[str, Tensor]) -> None:
         """Runs a stage from its beginning, or from the saved state."""
-        objective.to(self.accelerator.device)
         optimizer = objective.optimizer()
         first_step = objective.stage.start
         if self.saved is not None:
             first_step, tensors = self.saved
             self.saved = None
-            restore(tensors, objective, optimizer)
+            with blame(self.output.path / STATE_FILE, "start with --overwrite"):
+                restore(tensors, objective, optimizer)
             self.reporter.say(f"resumed after step {first_step}")
 
         def save(step: int) -> None:
             if self.accelerator.is_main_process:
                 save_state(self.output.path, step, objective, optimizer, record, self._fingerprint)
 
-        train(
-            objective,
-            optimizer,
-            self.data.train,
-            self.accelerator,
-            self.settings,
-            first_step,
-            lambda progress: self.reporter.progress(self.output.path / STATE_FOLDER, progress),
-            save,
-        )
+        with self.preemption.deferred():
+            train(
+                objective,
+                optimizer,
+                self.data.train,
+                self.accelerator,
+                self.settings,
+                first_step,
+                self._report,
+                save,
+                self.preemption,
+            )
+            self.preemption.agreed(self.accelerator)  # a signal in the last step reaches all
+            self.accelerator.wait_for_everyone()
+        if self.preemption.received is not None:
+            self.accelerator.end_training()
+        self.preemption.check()
+
+    def _report(self, progress: Progress) -> None:
+        """Tells of a logged step wherever it is to be told."""
+        self.reporter.progress(self.output.path / STATE_FOLDER, progress)
+        self.accelerator.log(progress.metrics, step=progress.step)
 
     def _hard_gates(self, plan: PrunePlan) -> dict[str, Tensor]:
         hard = {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
@@ -457,13 +512,23 @@ class Job:
 
     def export(self) -> None:
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
-        if self.accelerator.is_main_process:
-            with self.output as folder:
-                self._write(folder)
+        is_main, hashes = self.accelerator.is_main_process, {}
+        with self.output if is_main else nullcontext(Path()) as folder:
+            if is_main:
+                hashes = self._write_weights(folder)
+            del self.masked, self.distillation
+            self.accelerator.free_memory()  # the dense model goes before its successor is loaded
+            written = Path(broadcast_object_list([str(folder)])[0])
+            if is_main or is_partitioned(self.accelerator):
+                self._score(written)
+            if is_main:
+                metrics = self.output.path / STATE_FOLDER / METRICS_FILE
+                self.manifest = write_record(self, folder, hashes, metrics)
+        if is_main:
             self._remove_state()
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path) -> None:
+    def _write_weights(self, folder: Path) -> dict[str, str]:
         args = self.args
         with self.reporter.phase("export"), self._pruning() as pruning:
             hashes = export_model(
@@ -475,23 +540,7 @@ class Job:
                 self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
                 self.source.checkpoint.sha256(),
             )
-        with self.reporter.phase("score"):
-            pruned = self.source.auto_class.from_pretrained(
-                folder, dtype=self._dtype, trust_remote_code=False
-            ).to(self.accelerator.device)
-            self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
-            self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
-        metrics = self.output.path / STATE_FOLDER / METRICS_FILE
-        if metrics.is_file():  # there are none where `--masks` took the place of training
-            shutil.copyfile(metrics, folder / METRICS_FILE)
-        atomic_write_text(folder / RECIPE_FILE, recipe(self.args))
-        rest = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-        manifest = self._manifest(folder, {**rest, **hashes})
-        write_manifest(folder, manifest)
-        self.summary = figures(manifest)
-        self.result = {key: manifest[key] for key in RESULT_KEYS if key in manifest}
-        (folder / CARD_FILE).write_text(model_card(manifest, self.summary))
-        write_run_report(folder, self.output.path.name)
+        return hashes
 
     @contextmanager
     def _pruning(self) -> Iterator[Pruning]:
@@ -510,73 +559,22 @@ class Job:
         with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
             yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
 
-    def _manifest(self, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
-        shape = self.plan.shape
-        written = Checkpoint.open(folder)
-        num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
-        num_params = parameter_cost(self.architecture).of(shape)
-        assert num_written == num_params, (num_written, num_params)
-        dense = dense_shape(self.source.architecture)
-        dense_cost = parameter_cost(self.source.architecture)
-        dense_macs = mac_cost(self.source.architecture, self.seq_len)
-        budgets = [
-            {**asdict(limit.budget), "achieved": limit.cost.of(shape)}
-            for limit in self.problem.limits
-        ]
-        return {
-            "method": METHODS[self.args.variant],
-            "source": {
-                "name": self.args.model,
-                "revision": self.args.revision,
-                "sha256": self.source.checkpoint.sha256(),
-                "license": base_license(
-                    self.source.checkpoint.folder, self.source.checkpoint.config
-                ),
-            },
-            "params": {"before": dense_params(self.source), "after": num_params},
-            "macs": {
-                "before": dense_macs.of(dense),
-                "after": self.macs.of(shape),
-                "seq_len": self.seq_len,
-            },
-            "bytes": {"before": self.source.checkpoint.num_bytes, "after": written.num_bytes},
-            "budget": budgets[0],
-            "also": budgets[1:],
-            "kept": kept_units(shape),
-            "units": {axis.value: n for axis, n in self.architecture.num_units.items()},
-            "parts": _by_part(dense_cost.split(dense), self.problem.cost.split(shape)),
-            "mac_parts": _by_part(dense_macs.split(dense), self.macs.split(shape)),
-            "layout": self.args.layout,
-            "rotation": "pca" if self.rotation is not None else "none",
-            "task": self.data.kind,
-            "pipeline_tag": PIPELINES[self.data.kind],
-            "auto_class": self.source.auto_class.__name__,
-            # Of each stage the headline score; a language model's is its perplexity.
-            "perplexity" if self.data.kind == "clm" else "score": {
-                **self.perplexity,
-                "protocol": self.data.protocol,
-                "windows_sha256": windows_sha256(self.data.heldout.tensors["input_ids"]),
-            },
-            "headline": self.data.headline,
-            "scores": self.scores,
-            "settings": {**asdict(self.args), "steps": self.settings.num_steps},
-            "command": command_line(),
-            "phases": self.reporter.record(),
-            "versions": versions(),
-            "computed_in": {
-                "device": self.accelerator.device.type, "dtype": dtype_name(self._dtype),
-            },
-            "sha256": hashes,
-        }  # fmt: skip
+    def _score(self, folder: Path) -> None:
+        """Measures what was written as a user would load it."""
+        with self.reporter.phase("score"):
+            pruned = self.source.auto_class.from_pretrained(
+                folder, dtype=self.dtype, trust_remote_code=False
+            )
+            attach(self.accelerator, pruned)
+            pruned.to(self.accelerator.device)
+            self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
+            self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
 
     def summarise(self) -> None:
         """Prints the table of dense against pruned and where the result lies."""
         if self.accelerator.is_main_process:
-            self.reporter.say(f"\n{self.summary}\n\n{self.args.output_folder()}")
+            folder = self.args.output_folder()
+            self.reporter.say(f"\n{figures(self.manifest)}\n\n{folder}")
             if self.args.json:
-                print(json.dumps({"output": str(self.args.output_folder()), **self.result}))
+                print(result_line(folder, self.manifest))
         self.accelerator.end_training()
-
-
-def _by_part(before: dict[str, int], after: dict[str, int]) -> dict[str, dict[str, int]]:
-    return {name: {"before": before[name], "after": after[name]} for name in before}

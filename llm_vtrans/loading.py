@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.embedded import EMBEDDED_MODEL
@@ -19,6 +24,9 @@ from llm_vtrans.errors import UserError, blame
 from llm_vtrans.families import Architecture, Family, family_for
 from llm_vtrans.families.base import head_of
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.quantised import FULL, is_quantised, set_quantised
+from llm_vtrans.rotation import rotate_tensor
+from llm_vtrans.zero3 import gathered, is_writer
 
 EMBEDDED = "embedded"
 RESTORE = "restore the config.json that belongs to these weights"
@@ -67,6 +75,8 @@ def open_source(name: str, revision: str | None = None) -> Source:
     with blame(checkpoint.folder / "config.json", RESTORE):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         architecture = family.describe(config)
+    if min(architecture.num_layers, *architecture.num_units.values()) < 1:
+        raise UserError(f"{checkpoint.folder / 'config.json'}: a model of no size; {RESTORE}")
     _check_tensors(checkpoint, architecture, family)
     return Source(name, checkpoint, config, family, architecture)
 
@@ -109,14 +119,15 @@ def _local_folder(name: str, revision: str | None) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # offline, gated, missing: the hub's own words say which
+    except Exception as error:  # gated, missing: the hub's own words say which
+        reason = "offline, not fetched before" if constants.HF_HUB_OFFLINE else _one_line(error)
         raise UserError(
             f"--model {name}: neither a local folder nor to be had from the hub "
-            f"({_one_line(error)[:200]}); for gated models set HF_TOKEN"
+            f"({reason[:200]}); for gated models set HF_TOKEN"
         ) from error
 
 
@@ -143,6 +154,11 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: F
                 f"{found.file}: {name} has shape {found.shape} where config.json says {shape}: "
                 "config and weights are not of the same model"
             )
+        if not found.dtype.is_floating_point:
+            raise UserError(
+                f"{found.file}: {name} has dtype {found.dtype}; only checkpoints of floating-point "
+                "weights can be pruned, not quantised ones"
+            )
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -159,37 +175,131 @@ def load_tokenizer(source: Source) -> Any:
         ) from error
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Weights:
+    """The values that a model's parameters get.
+
+    Attributes:
+        source: checked checkpoint.
+        architecture: the table, after rotation if that takes a tied head off the embedding.
+        basis: rotation `(hidden_size, hidden_size)` float32, done tensor by tensor, or None.
+        form: `full`, or how bitsandbytes holds the layers' matrices: `4bit` or `8bit`.
+    """
+
+    source: Source
+    architecture: Architecture
+    basis: Tensor | None = None
+    form: str = FULL
+
+    def read(self, name: str) -> Tensor:
+        """One tensor from the shards, rotated.
+
+        Raises:
+            UserError: it is NaN or infinite somewhere.
+        """
+        checkpoint = self.source.checkpoint
+        stored = stored_name(name, checkpoint, self.architecture)
+        weight = checkpoint.read(stored)
+        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
+            raise UserError(
+                f"{checkpoint.tensors[stored].file}: {stored} holds NaN or infinite values: "
+                "the checkpoint is damaged"
+            )
+        if self.basis is None:
+            return weight
+        spec, layer = self.architecture.named_tensors()[name]
+        norm = None
+        if spec.norm is not None:
+            offset = self.architecture.row(spec.norm).offset
+            norm = checkpoint.read(spec.norm.format(layer)) + offset
+        return rotate_tensor(weight, spec, self.basis, norm)
+
+
+def load_model(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    architecture: Architecture | None = None,
+    form: str = FULL,
+) -> PreTrainedModel:
     """Builds the model without storage and fills it tensor by tensor.
 
-    Host memory peaks at the model in `dtype` plus one tensor.
+    Host memory peaks at the model in `dtype` plus one tensor. Under ZeRO-3 the model is born in
+    slices, rank zero alone reads the files, and no rank holds more than a whole tensor.
 
     Args:
         source: checked checkpoint.
         dtype: of the parameters.
         device: they are placed on.
+        architecture: the table after rotation, if that takes a tied head off the embedding.
+        form: in which the layers' matrices are held.
 
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    config_file = source.checkpoint.folder / "config.json"
-    with blame(config_file, RESTORE), init_empty_weights(include_buffers=False):
+    architecture = architecture or source.architecture
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = architecture.tied_head is not None
+    storage = nullcontext() if is_deepspeed_zero3_enabled() else _no_storage()
+    with blame(source.checkpoint.folder / "config.json", RESTORE), storage, no_init_weights():
         model: PreTrainedModel = source.auto_class.from_config(
-            source.config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation="sdpa"
         )
-    for name in source.architecture.named_tensors():
-        weight = source.checkpoint.read(name)
-        if not math.isfinite(weight.sum(dtype=torch.float64)):  # no copy of a large tensor
-            raise UserError(
-                f"{source.checkpoint.tensors[name].file}: {name} holds NaN or infinite values: "
-                "the checkpoint is damaged"
-            )
-        path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(weight.to(device, dtype), requires_grad=False)
-        setattr(model.get_submodule(path), leaf, parameter)
+    model.requires_grad_(False)
+    fill_model(model, Weights(source, architecture, form=form), dtype, device)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
-    return model.eval().requires_grad_(False)
+    return model.eval()
+
+
+def _no_storage() -> AbstractContextManager[None]:
+    return init_empty_weights(include_buffers=False)
+
+
+def fill_model(
+    model: PreTrainedModel, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Gives every parameter its values, one tensor in memory at a time.
+
+    Args:
+        model: with parameters without storage, sliced, or to be replaced.
+        weights: their values.
+        dtype: of the parameters.
+        device: they are placed on.
+
+    Raises:
+        UserError: a weight is NaN or infinite; on every rank, whoever read it.
+    """
+    damaged = ""
+    for name, (spec, _) in weights.architecture.named_tensors().items():
+        path, _, leaf = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        with gathered([parameter]):
+            if damaged or not is_writer(parameter):
+                continue
+            try:
+                weight = weights.read(name)
+            except UserError as error:
+                damaged = str(error)
+                continue
+            if is_quantised(weights.form, spec, model.get_submodule(path)):
+                set_quantised(model, path, weight, weights.form, dtype, device)
+            elif parameter.is_meta:
+                filled = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+                setattr(model.get_submodule(path), leaf, filled)
+            else:
+                with torch.no_grad():
+                    parameter.copy_(weight)
+    damaged = broadcast_object_list([damaged])[0]  # rank zero may have read for all
+    if damaged:
+        raise UserError(damaged)
+
+
+def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Where a tensor is read from: a head that was tied comes from the embedding."""
+    if name in checkpoint.tensors:
+        return name
+    return architecture.embedding.name
 
 
 def untie_head(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.head_basis import PREFIX
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
+from llm_vtrans.redaction import redact
 from llm_vtrans.reporting import table
 from llm_vtrans.tuning import Tuning
 
@@ -92,9 +93,35 @@ def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
     return tensors
 
 
+def check_masks(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Sequence[tuple[int, ...]]], what: str
+) -> None:
+    """Masks must have the tensors that the model needs, in the right shapes and finite.
+
+    Args:
+        tensors: as read.
+        expected: for each name the shapes that it may have.
+        what: names their origin in the message.
+
+    Raises:
+        UserError: one is missing or cannot be used.
+    """
+    for name, shapes in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) not in shapes:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise UserError(
+                f"{what}: {name} is {found} where this model has {shapes[0]}; "
+                "the masks are damaged or of another version: train them again"
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise UserError(f"{what}: {name} holds no finite numbers; train the masks again")
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes `vtrans.json`."""
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    text = redact(json.dumps(manifest, indent=2))
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

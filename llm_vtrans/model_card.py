@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def title(manifest: dict[str, Any]) -> str:
     return f"{Path(manifest['source']['name']).name}, pruned by {share:.1f}%"
 
 
+def _plain(text: str) -> str:
+    """Text that may come from outside as one line of Markdown that shows it literally."""
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*\[\]<>!#|~])", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    """Text inside code marks, which it may not close."""
+    return str(text).replace("`", "'")
+
+
 def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | None = None) -> str:
     """The whole README.md.
 
@@ -138,7 +150,7 @@ def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | 
         flag = ", trust_remote_code=True"
     license_name = (manifest["source"].get("license") or {}).get("license")
     terms = (
-        f"The licence is the dense model's: `{license_name}`."
+        f"The licence is the dense model's: `{_code(license_name)}`."
         if license_name
         else "The dense model names no licence; its terms hold for this one too."
     )
@@ -148,7 +160,7 @@ def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | 
     return f"""---
 {metadata(manifest, scores or {}).to_yaml()}
 ---
-# {title(manifest)}
+# {_plain(title(manifest))}
 
 Structured pruning with VIB masks (VTrans, arXiv:2406.05276) by `llm_vtrans`. {loading}
 
@@ -158,10 +170,10 @@ model = {auto_class}.from_pretrained("."{flag})
 ```
 
 ```
-{figures}
+{_code(figures)}
 ```
 
-{headline.capitalize()}: {protocol}. {terms}
+{_plain(headline.capitalize())}: {_plain(protocol)}. {terms}
 
 `vtrans.json` states counts, kept units, settings and hashes (`llm-vtrans verify` checks them);
 `recipe.yaml` makes it anew: `llm-vtrans prune --config recipe.yaml`.

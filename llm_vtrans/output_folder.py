@@ -1,8 +1,11 @@
 """Output that is either whole or absent: folders and files under a temporary name first."""
 
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -163,6 +166,57 @@ class OutputFolder:
     def _nearest_folder(self) -> Path:
         """The parent, or the nearest thing above it that exists."""
         return next(parent for parent in self.path.parents if os.path.exists(parent))
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keeps other runs out of an output folder while this one goes on.
+
+    The lock is a file beside the folder that the system unlocks when its holder ends, however
+    it ends. Where none can be made (a read-only place, a file system without locks) there is
+    none; `OutputFolder.check` tells what is wrong with the place.
+
+    Args:
+        path: the output folder, which need not exist.
+
+    Raises:
+        UserError: another run holds the lock.
+    """
+    path = path.resolve()
+    lock = path.parent / f".{path.name}.lock"
+    descriptor = None
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock, path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(lock: Path, path: Path) -> int:
+    """Descriptor of the locked file; a file that its holder has just removed is made anew."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"{path}: {holder} is writing this folder; wait for it, or choose another --output."
+            ) from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        os.close(descriptor)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -201,6 +201,12 @@ CLASSES = {
 globals().update(CLASSES)  # loaders look classes up by name in this module
 
 
+def auto_class_of(name: str) -> Any:
+    """The Auto class that loads a model class, `AutoModel` where it has no known head."""
+    auto = next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), None)
+    return getattr(transformers, auto or "AutoModel")
+
+
 def register() -> None:
     """Makes the classes known to the Auto classes of this process."""
     for name, derived in CLASSES.items():
@@ -209,11 +215,7 @@ def register() -> None:
             model_type: str = derived.model_type  # type: ignore[attr-defined]
             transformers.AutoConfig.register(model_type, derived, exist_ok=True)
             continue
-        auto_name = next(
-            (auto for e, auto in AUTO_CLASSES.items() if name.endswith(e)), "AutoModel"
-        )
-        auto = getattr(transformers, auto_name)
-        auto.register(config_class, derived, exist_ok=True)
+        auto_class_of(name).register(config_class, derived, exist_ok=True)
 
 
 register()  # on import, as a class with a head may look its decoder up

@@ -6,14 +6,20 @@ Runs as `accelerate launch llm_vtrans/prune.py` and as `llm-vtrans prune`.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # as a script this folder comes first; the package must be found instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from llm_vtrans.arguments import parse
+from llm_vtrans.arguments import PruneArguments, parse
 from llm_vtrans.command import run_command
 from llm_vtrans.job import Job
+from llm_vtrans.output_folder import exclusive
+from llm_vtrans.preemption import Preemption
+from llm_vtrans.recording import finished_manifest, result_line
+from llm_vtrans.reporting import Reporter, is_rank_zero
 from llm_vtrans.tasks.finetuning import finetune_first
 
 
@@ -25,20 +31,38 @@ def prune(arguments: list[str]) -> None:
 
     Raises:
         UserError: something the user can correct.
+        Preempted: a signal asked the run to go.
     """
     args = parse(arguments)
-    if args.finetune_first:
-        args = finetune_first(args)
-    job = Job.prepare(args)
-    job.show_plan()
-    if args.dry_run:
-        return
-    job.load()
-    job.search()
-    job.allocate()
-    job.tune()
-    job.export()
-    job.summarise()
+    with Preemption() as preemption, sole_writer(args.output_folder()):
+        if args.finetune_first:
+            args = finetune_first(args)
+        if args.resume and (manifest := finished_manifest(args)) is not None:
+            _tell_finished(args, manifest)
+            return
+        job = Job.prepare(args, preemption)
+        job.show_plan()
+        if args.dry_run:
+            return
+        job.load()
+        job.search()
+        job.allocate()
+        job.tune()
+        job.export()
+        job.summarise()
+
+
+def sole_writer(folder: Path) -> AbstractContextManager[None]:
+    """The lock on the output folder, which rank zero holds for all."""
+    return exclusive(folder) if is_rank_zero() else nullcontext()
+
+
+def _tell_finished(args: PruneArguments, manifest: dict[str, Any]) -> None:
+    folder = args.output_folder()
+    if args.json and is_rank_zero():
+        print(result_line(folder, manifest), flush=True)
+    else:
+        Reporter(is_rank_zero(), args.quiet).say(f"{folder}: is finished already")
 
 
 if __name__ == "__main__":

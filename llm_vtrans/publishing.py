@@ -12,11 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.command import Parser
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.manifest import CARD_FILE, figures
 from llm_vtrans.model_card import model_card
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
-from llm_vtrans.report.record import REPORT_FILE, SCORES_FILE, RunRecord
+from llm_vtrans.report.record import REPORT_FILE, SCORES_FILE, UNCHANGED, RunRecord
 from llm_vtrans.verification import Subject, verify
 
 QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")
@@ -41,8 +41,9 @@ def publish(arguments: list[str]) -> None:
             raise UserError(
                 f"{args.run}: {finding.check}: {finding.text}; `llm-vtrans verify` tells all"
             )
-    card = model_card(record.manifest, figures(record.manifest), record.scores)
-    names = published_files(args.run, record)
+    with blame(args.run, UNCHANGED):
+        card = model_card(record.manifest, figures(record.manifest), record.scores)
+        names = published_files(args.run, record)
     print(f"{args.repo} ({'private' if args.private else 'public'})")
     for name in names:
         size = len(card.encode()) if name == CARD_FILE else (args.run / name).stat().st_size

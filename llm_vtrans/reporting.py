@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from llm_vtrans import __version__
+from llm_vtrans.redaction import redact
 from llm_vtrans.training import Progress
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -148,9 +150,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its launch, before any ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def command_line() -> str:
     """The arguments of this run, without the path of the program."""
-    return " ".join(["llm-vtrans", "prune", *sys.argv[1:]])
+    return redact(" ".join(["llm-vtrans", "prune", *sys.argv[1:]]))
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

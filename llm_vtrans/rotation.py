@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.zero3 import gathered, is_writer
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
     """
     named = architecture.named_tensors()
     parameters = {name: model.get_parameter(name) for name in named}
-    norms = {
-        name: parameters[name].detach() + spec.offset
-        for name, (spec, _) in named.items()
-        if _scales(spec)
-    }
+    norms = {}
+    for name, (spec, _) in named.items():
+        if _scales(spec):
+            with gathered([parameters[name]]):
+                norms[name] = parameters[name].detach() + spec.offset
     for name, (spec, layer) in named.items():
         norm = norms[spec.norm.format(layer)] if spec.norm else None
         parameter = parameters[name]
-        parameter.copy_(rotate_tensor(parameter, spec, basis.to(parameter.device), norm))
+        with gathered([parameter]):
+            if is_writer(parameter):
+                basis = basis.to(parameter.device)
+                parameter.copy_(rotate_tensor(parameter, spec, basis, norm))
 
 
 def _scales(spec: TensorSpec) -> bool:

@@ -41,10 +41,10 @@ class SearchObjective(Objective):
     ):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
-        self.masks = masks
+        self.tuning, self.masks = self.masked.tuning, masks
         self.limits, self.settings = limits, settings
-        self.masked.tuning.requires_grad_(False)  # its stage comes later
-        self.lagrangian = Lagrangian()
+        self.tuning.requires_grad_(False)  # its stage comes later
+        self.lagrangian = Lagrangian().to(next(masks.parameters()).device)
         self.stage = range(settings.search_steps)
         self._starts = self._initial_sparsity().tolist()
 

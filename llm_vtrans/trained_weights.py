@@ -15,14 +15,39 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Stream
+from llm_vtrans.quantised import FULL
 from llm_vtrans.shard_writer import ShardWriter
+from llm_vtrans.zero3 import is_partitioned
 
 FOLDER = "weights"  # inside the state folder
 BYTES_PER_PARAMETER = 28  # float32: two states of weight and two moments, and the checkpoint
+
+
+def check_trainable(args: PruneArguments, accelerator: Accelerator) -> None:
+    """Whether the weights can be trained in the form and over the ranks that were asked for.
+
+    Raises:
+        UserError: they would be quantised, or cut into slices by DeepSpeed.
+    """
+    if not args.trains_weights:
+        return
+    if args.load_in != FULL:
+        raise UserError(
+            f"--load-in {args.load_in} holds frozen weights, --variant {args.variant} trains them: "
+            "leave one of them out"
+        )
+    if is_partitioned(accelerator):
+        raise UserError(
+            f"--variant {args.variant} under ZeRO-3: a dense teacher stands beside trained weights "
+            "there; launch without DeepSpeed, or take --variant faster"
+        )
 
 
 def train_weights(model: nn.Module, architecture: Architecture, is_rotated: bool) -> None:

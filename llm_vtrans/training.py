@@ -10,17 +10,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Batch, Examples, collate
 
+BUCKET = 2**24  # gradients averaged over the ranks at a time
 UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
 
@@ -83,24 +85,6 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL from the unmasked to the masked network's distribution.
-
-    Args:
-        student: logits `(..., classes)`, such as `(batch, seq, vocab)`.
-        teacher: the same, detached.
-
-    Returns:
-        Mean over predictions in nats, shape `()`, computed in float32; where the head gives one
-        number, half the squared difference instead: the KL of two Gaussians of variance one.
-    """
-    if student.shape[-1] == 1:
-        return F.mse_loss(student.float(), teacher.float()) / 2
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-
-
 @dataclass
 class Progress:
     """What a logged step reports; the fields are the columns of metrics.jsonl.
@@ -127,18 +111,23 @@ def train(
     first_step: int,
     report: Callable[[Progress], None],
     save: Callable[[int], None],
-) -> None:
+    preemption: Preemption,
+) -> int:
     """Runs one stage; its parameters change in place.
 
     Args:
         objective: loss of the stage.
         optimizer: from the objective, with its state if the run is resumed.
         examples: of the whole run, in the order in which they are used.
-        accelerator: made with the settings' gradient accumulation.
+        accelerator: ranks and device.
         settings: of the loop.
         first_step: global steps that are done already.
         report: called on every rank after each logged step.
         save: called on every rank when a state is due, and at the end of the stage.
+        preemption: asked after each step whether to stop; the state is saved then.
+
+    Returns:
+        Global steps done: fewer than the stage's if the run was asked to go.
 
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
@@ -149,7 +138,7 @@ def train(
         drop_last=True,
         collate_fn=collate,
     )
-    model, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    loader = accelerator.prepare_data_loader(loader)
     done = first_step * settings.gradient_accumulation
     batches: Iterator[Batch] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
@@ -159,18 +148,35 @@ def train(
         for part in range(settings.gradient_accumulation):
             local = step * settings.gradient_accumulation + part
             number = local * accelerator.num_processes + accelerator.process_index
-            with accelerator.accumulate(model):
-                terms = model(next(batches), number, step)
-                accelerator.backward(terms["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+            terms = objective(next(batches), number, step)
+            (terms["loss"] / settings.gradient_accumulation).backward()
+        _average_gradients(objective, accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
         num_done = step + 1
         is_last = num_done == objective.stage.stop
         if num_done % settings.log_every == 0 or is_last:
             report(meter.read(num_done, _collect(terms, accelerator, num_done)))
-        if num_done % settings.save_every == 0 or is_last:
+        is_stopped = preemption.agreed(accelerator)
+        if num_done % settings.save_every == 0 or is_last or is_stopped:
             _check_finite(objective, num_done)
             save(num_done)
+        if is_stopped:
+            return num_done
+    return objective.stage.stop
+
+
+def _average_gradients(objective: nn.Module, accelerator: Accelerator) -> None:
+    """A collective for many gradients at a time: masks are small and replicated on every rank."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in objective.parameters() if p.grad is not None]
+    while grads:
+        num = max(1, sum(size <= BUCKET for size in accumulate(g.numel() for g in grads)))
+        bucket, grads = grads[:num], grads[num:]
+        mean: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in bucket]), "mean")
+        for grad, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
 
 
 class _Meter:

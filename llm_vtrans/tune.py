@@ -33,9 +33,9 @@ class TuneObjective(Objective):
     ):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
-        self.hard, self.sparsity = hard, sparsity
-        self.masked.tuning.requires_grad_(True)
-        self.masked.tuning.is_on = True
+        self.tuning, self.hard, self.sparsity = self.masked.tuning, hard, sparsity
+        self.tuning.requires_grad_(True)
+        self.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
 
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
@@ -46,8 +46,7 @@ class TuneObjective(Objective):
 
     def optimizer(self) -> torch.optim.AdamW:
         """Over all that is trained in the student."""
-        student = self.distillation.parameter_groups()
-        groups = [*self.masked.tuning.parameter_groups(), *student]
+        groups = [*self.tuning.parameter_groups(), *self.distillation.parameter_groups()]
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -18,10 +18,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -30,17 +26,12 @@ from llm_vtrans.calibration import TextSource, calibrate
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.output_folder import MANIFEST_FILE
+from llm_vtrans.per_layer_modeling import auto_class_of
 from llm_vtrans.scoring import token_perplexity
 
 CHUNK = 2**20  # bytes hashed at a time
 TOLERANCE = 1e-3  # of a perplexity measured again in the same dtype on the same kind of device
 LOOSE_TOLERANCE = 2e-2  # where dtype or device differ
-AUTO_CLASSES: dict[str, Any] = {
-    "ForCausalLM": AutoModelForCausalLM,
-    "LMHeadModel": AutoModelForCausalLM,
-    "ForMaskedLM": AutoModelForMaskedLM,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-}
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,7 @@ class Subject:
 
 def auto_class(config: Any) -> Any:
     """The `transformers` auto class for the architecture that a config names."""
-    name = (getattr(config, "architectures", None) or [""])[0]
-    return next((c for suffix, c in AUTO_CLASSES.items() if name.endswith(suffix)), AutoModel)
+    return auto_class_of((getattr(config, "architectures", None) or [""])[0])
 
 
 def sha256_of(path: Path) -> str:

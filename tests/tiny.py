@@ -94,14 +94,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """A random model whose norms and biases are far from their trivial initial values."""
     torch.manual_seed(seed)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
-    name = AUTO_CLASSES[head_of(config)]
-    model: PreTrainedModel = getattr(transformers, name).from_config(
-        config, attn_implementation="sdpa"
-    )
+    config = config or type(CONFIGS[name])(**CONFIGS[name].to_dict())
+    auto = getattr(transformers, AUTO_CLASSES[head_of(config)])
+    model: PreTrainedModel = auto.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -162,6 +162,10 @@ class Architecture:
         """The token table, which a tied head shares."""
         return next(spec for spec in self.tensors if spec.is_lookup)
 
+    def row(self, name: str) -> TensorSpec:
+        """The row of a name, which inside layers is a template."""
+        return next(spec for spec in self.tensors if spec.name == name)
+
     def is_final_norm(self, spec: TensorSpec) -> bool:
         """Whether a row is the weight or bias of the norm in front of the output head."""
         return spec.name.rpartition(".")[0] == self.final_norm.rpartition(".")[0]

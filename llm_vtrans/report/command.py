@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_vtrans.command import Parser
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.output_folder import atomic_write_text
 from llm_vtrans.report.build import comparison_page, run_page
-from llm_vtrans.report.record import REPORT_FILE, RunRecord
+from llm_vtrans.report.record import REPORT_FILE, UNCHANGED, RunRecord
 
 
 def report(arguments: list[str]) -> None:
@@ -30,10 +30,13 @@ def report(arguments: list[str]) -> None:
     if len(args.runs) > 1 and args.output is None:
         raise UserError("several runs make one page: name it by --output compare.html")
     if len(args.runs) > 1:
-        html = comparison_page([RunRecord.read(run) for run in args.runs])
+        records = [RunRecord.read(run) for run in args.runs]
+        with blame(", ".join(map(str, args.runs)), UNCHANGED):
+            html = comparison_page(records)
     else:
         record = RunRecord.read(args.runs[0], args.scores, args.comparison, args.probe)
-        html = run_page(record, record.name)
+        with blame(record.folder, UNCHANGED):
+            html = run_page(record, record.name)
     path = args.output or args.runs[0] / REPORT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, html)

@@ -10,12 +10,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.manifest import MASKS_FILE
 from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.reporting import METRICS_FILE
 
 REPORT_FILE = "report/index.html"
+UNCHANGED = "name a folder that prune wrote, with the files as they were written"
 PROBE_FOLDER = "probe"
 SCORES_FILE = "scores.json"
 COMPARISON_FILE = "compare.json"
@@ -77,6 +78,13 @@ class RunRecord:
         Raises:
             UserError: no run, or a file that was named cannot be read.
         """
+        with blame(folder, UNCHANGED):
+            return cls._read(folder, scores, comparison, probe)
+
+    @classmethod
+    def _read(
+        cls, folder: Path, scores: Path | None, comparison: Path | None, probe: Path | None
+    ) -> RunRecord:
         manifest = _read_json(folder / MANIFEST_FILE, "name a folder that prune wrote")
         if not isinstance(manifest, dict) or "params" not in manifest:
             raise UserError(f"{folder / MANIFEST_FILE}: not the manifest of a run")

@@ -71,7 +71,7 @@ class Task:
             logits.append(nn.functional.pad(found.float(), (0, space), value=-1e9).cpu())
         model.train(is_training)
         if self.kind == "mlm":
-            return {"pseudo_perplexity": math.exp(totals["nll"] / totals["num"])}
+            return {"pseudo_perplexity": _exp(totals["nll"] / totals["num"])}
         return self._scores(torch.cat(logits))
 
     def _scores(self, logits: Tensor) -> dict[str, float]:
@@ -101,6 +101,14 @@ def task_of(args: PruneArguments, head: str, num_labels: int) -> str:
         f"--task {args.task}: {args.model} has a head for {fitting[0]}; --finetune-first makes "
         "a model for the task from it"
     )
+
+
+def _exp(nll: float) -> float:
+    """Perplexity of a mean loss in nats; infinite where no float is large enough."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def make_task(

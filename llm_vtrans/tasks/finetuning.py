@@ -21,6 +21,7 @@ from llm_vtrans.errors import UserError, blame
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
+from llm_vtrans.zero3 import is_partitioned
 
 RECORD_FILE = "finetuning.json"
 WARMUP = 0.1  # share of the steps
@@ -59,6 +60,10 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
     """Trains all weights on the task's own loss; returns the scores."""
     transformers_logging.set_verbosity_error()
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+    if is_partitioned(accelerator):
+        raise UserError(
+            "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
+        )
     set_seed(args.seed)
     where = {"revision": args.revision, "trust_remote_code": False}
     remedy = "name a checkpoint of safetensors that transformers can load"

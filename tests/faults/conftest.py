@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import copytree
 
 import pytest
 
+from llm_vtrans.command import run_command
+from llm_vtrans.prune import prune
 from tests.faults.guard import watch
+from tests.runs import flags, write_inputs
 
 
 @dataclass
@@ -53,6 +58,20 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Tally:
     return pytestconfig.stash[TALLY]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs and, in `out`, the result of a short run on them; tests change copies only."""
+    folder = write_inputs(tmp_path_factory.mktemp("finished"))
+    assert run_command(prune, flags(folder, "--quiet")) == 0
+    return folder
+
+
+@pytest.fixture
+def work(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the inputs without a result."""
+    return copytree(finished, tmp_path / "work", ignore=lambda *_: {"out"})
 
 
 @pytest.fixture(scope="session", autouse=True)

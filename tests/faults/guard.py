@@ -32,7 +32,8 @@ def watch() -> None:
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     if _seen is None or _allowed is None:
         return
-    if (event == "open" and isinstance(args[2], int) and args[2] & WRITES) or event in CHANGES:
+    opens = event == "open" and isinstance(args[2], int) and bool(args[2] & WRITES)
+    if opens or event in CHANGES:
         _note(event, args[0])
     elif event in ("socket.connect", "socket.getaddrinfo"):
         _seen.append(f"{event} {args[-1] if event == 'socket.connect' else args[0]}")
@@ -42,10 +43,11 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 def _note(event: str, path: Any) -> None:
     assert _seen is not None and _allowed is not None
-    if isinstance(path, int) or os.fspath(path) == os.devnull:
+    own = ("/proc/self/clear_refs", os.devnull)  # the peak of memory starts anew there
+    if isinstance(path, int) or os.fsdecode(path) in own:
         return
     found = Path(os.path.realpath(os.fsdecode(path)))
-    if not found.is_relative_to(_allowed):
+    if not found.is_relative_to(_allowed) and ".hypothesis" not in found.parts:
         _seen.append(f"{event} {found}")
 
 

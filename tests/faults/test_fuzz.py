@@ -2,19 +2,33 @@
 
 import json
 import struct
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.arguments import PruneArguments, parse
 from llm_vtrans.checkpoint import INDEX_FILE, SINGLE_FILE
+from llm_vtrans.exporting import flags_of
+from llm_vtrans.job import Job
 from llm_vtrans.loading import load_model, open_source
+from llm_vtrans.manifest import MASKS_FILE
+from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.planning import make_problem, window_length
+from llm_vtrans.preemption import Preemption
+from llm_vtrans.publishing import QUICK_CHECKS, publish
+from llm_vtrans.report.command import report
+from llm_vtrans.report.record import RunRecord
+from llm_vtrans.verification import Subject, verify
 from tests.faults.conftest import Tally
 from tests.faults.guard import confined, outcome
 from tests.faults.mutations import counts, damaged_bytes, damaged_json, fuzz
+from tests.runs import flags
 from tests.tiny import save_tiny, tiny_model
 
 CPU = torch.device("cpu")
@@ -101,3 +115,73 @@ def test_configs(tmp_path: Path, tally: Tally, family: str, num_cases: int) -> N
 
     with confined(folder):
         fuzz(num_cases, damaged_json(config, more), case)
+
+
+@counts(40, 1500)
+def test_masks(finished: Path, tmp_path: Path, tally: Tally, num_cases: int) -> None:
+    """Up to the check that comes before the model is loaded, and the reports' own reading."""
+    folder = copytree(finished, tmp_path / "work")
+    path = folder / "out" / MASKS_FILE
+    whole = path.read_bytes()
+    header, data = header_of(whole)
+    args = parse(flags(folder, "--masks", str(folder / "out"), "--overwrite"))
+    job = Job.prepare(args, Preemption())
+
+    def use_masks() -> None:
+        job._trained_masks()
+        RunRecord.read(folder / "out")
+
+    def case(raw: bytes) -> None:
+        path.write_bytes(raw)
+        tally.survived(MASKS_FILE, outcome(use_masks))
+
+    headers = damaged_json(header).map(lambda raw: struct.pack("<Q", len(raw)) + raw + data)
+    with confined(folder):
+        fuzz(num_cases, headers | damaged_bytes(whole), case)
+
+
+@counts(40, 1500)
+def test_manifests(finished: Path, tmp_path: Path, tally: Tally, num_cases: int) -> None:
+    """Every reader of vtrans.json: report, publish, verify, export."""
+    run = copytree(finished / "out", tmp_path / "out")
+    path = run / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    readers: list[Callable[[], object]] = [
+        lambda: report([str(run)]),
+        lambda: publish([str(run), "--repo", "a/b", "--dry-run"]),
+        lambda: list(verify(Subject.open(run), QUICK_CHECKS)),
+        lambda: flags_of(run),
+    ]
+
+    def case(raw: bytes) -> None:
+        path.write_bytes(raw)
+        for read in readers:
+            tally.survived(MANIFEST_FILE, outcome(read))
+
+    with confined(run):
+        fuzz(num_cases, damaged_json(manifest) | damaged_bytes(path.read_bytes()), case)
+
+
+@counts(60, 1000)
+def test_recipes(tmp_path: Path, tally: Tally, num_cases: int) -> None:
+    path = tmp_path / "recipe.yaml"
+    tree = {f.name: f.default for f in fields(PruneArguments) if f.name != "config"}
+
+    def case(raw: bytes) -> None:
+        path.write_bytes(raw)
+        tally.survived("recipe", outcome(lambda: parse(["--config", str(path)])))
+
+    with confined(tmp_path):
+        fuzz(num_cases, damaged_json(tree) | damaged_bytes(yaml.safe_dump(tree).encode()), case)
+
+
+def test_a_recipe_that_grows(tmp_path: Path, tally: Tally) -> None:
+    """Aliases of aliases: a few bytes of YAML that would be gigabytes of text."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join([*lines, "model: *a8"]))
+    with confined(tmp_path):
+        line = outcome(lambda: parse(["--config", str(path)]))
+    assert line is not None
+    tally.survived("recipe", line)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from llm_vtrans.arguments import parse
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.job import Job
+from llm_vtrans.preemption import Preemption
 from llm_vtrans.prune import prune
 from tests.integration.test_resume import hashes, metrics
 from tests.integration.test_tasks import encoder as encoder
@@ -51,7 +52,9 @@ def inputs(request: pytest.FixtureRequest, tmp_path: Path, encoder: Path) -> Inp
 def test_weights_are_trained_and_exported(inputs: Inputs, variant: str, layout: str) -> None:
     """What is written computes what the hard-masked network with its trained weights did."""
     more = ["--data-fraction", "0.5"] if variant == "fast" else []
-    job = Job.prepare(parse(inputs.arguments("--variant", variant, "--layout", layout, *more)))
+    job = Job.prepare(
+        parse(inputs.arguments("--variant", variant, "--layout", layout, *more)), Preemption()
+    )
     assert job.settings.num_steps == (4 if variant == "fast" else 8)
     job.load()
     before = {name: p.clone() for name, p in job.masked.model.named_parameters()}
@@ -64,6 +67,7 @@ def test_weights_are_trained_and_exported(inputs: Inputs, variant: str, layout: 
         assert changed == {name for name, p in after.items() if p.requires_grad}
         assert len(changed) >= len(after) - len([n for n in after if "norm" in n])
         before = {name: p.clone() for name, p in after.items()}
+    masked, gates = job.masked, job._hard_gates(job.plan)
     job.export()
 
     out = inputs.folder / "out"
@@ -71,10 +75,10 @@ def test_weights_are_trained_and_exported(inputs: Inputs, variant: str, layout: 
     assert json.loads((out / "vtrans.json").read_text())["settings"]["variant"] == variant
     pruned = job.source.auto_class.from_pretrained(out).eval()
     tokens = torch.randint(5, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(1))
-    job.masked.set_gates(job._hard_gates(job.plan))
+    masked.set_gates(gates)
     with torch.no_grad():
-        masked, written = job.masked(tokens), pruned(tokens).logits
-    assert float((masked - written).abs().max() / masked.abs().max()) < 1e-4
+        expected, written = masked(tokens), pruned(tokens).logits
+    assert float((expected - written).abs().max() / expected.abs().max()) < 1e-4
     terms = [set(line) for line in metrics(inputs.folder)]
     assert all(("task" in line) == (job.data.kind == "classification") for line in terms)
     assert all({"distillation", "hidden"} <= line for line in terms)

@@ -8,6 +8,7 @@ from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import complete
 from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.families import Architecture, Axis, family_for
+from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training import TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
@@ -96,6 +97,7 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
         0,
         lambda progress: None,
         saved.append,
+        Preemption(),
     )
     assert saved == [60]
     assert loss() < 0.9 * before

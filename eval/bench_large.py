@@ -1,0 +1,138 @@
+"""A whole run on a random checkpoint of real size: seconds and peak memory of each phase.
+
+    python eval/bench_large.py --shape 7b [--set-up plain recomputing 4bit] [--folder DIR]
+
+Writes a LLaMA-shaped bfloat16 checkpoint in real shards, reads every byte of it once, then runs
+prune.py in a fresh process: loading, two steps of mask training, hardening, streaming export,
+loading of the result. Peaks are resident memory of that process, beside what `llm-vtrans plan`
+says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import torch
+from transformers import LlamaConfig
+
+from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.families import family_for
+from llm_vtrans.loading import open_source
+from llm_vtrans.reporting import table
+from llm_vtrans.resources import CPU_PROCESS_BYTES, GIB, Workload, estimate_memory
+from llm_vtrans.shard_writer import ShardWriter
+
+SHARD_SIZE = 5_000_000_000
+NUM_STEPS = 2
+VOCAB_SIZE = 32000
+SHAPES = {  # hidden, FFN, layers, heads
+    "7b": (4096, 11008, 32, 32),
+    "1b": (2048, 5504, 22, 16),
+    "small": (1024, 2752, 12, 16),
+}
+SET_UPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputing": {"recomputes": True},
+    "4bit": {"form": "4bit"},
+    "8bit": {"form": "8bit"},
+}
+
+
+def write_checkpoint(folder: Path, shape: str) -> None:
+    """Random weights of a shape, with the embedded model's tokenizer."""
+    hidden, ffn, layers, heads = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, vocab_size=VOCAB_SIZE, max_position_embeddings=4096,
+        dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
+    named = family_for("llama").describe(config).named_tensors()
+    specs = {name: (spec.shape, torch.bfloat16) for name, (spec, _) in named.items()}
+    writer = ShardWriter(folder, specs, SHARD_SIZE)
+    for name, (size, dtype) in specs.items():
+        weight = torch.empty(size, dtype=dtype)
+        writer.write(name, weight.normal_(0, 0.02) if len(size) > 1 else weight.fill_(1))
+    writer.close()
+
+
+def read_all(folder: Path) -> float:
+    """Seconds to read every tensor once."""
+    checkpoint = open_source(str(folder)).checkpoint
+    start = time.perf_counter()
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+    return time.perf_counter() - start
+
+
+def run(folder: Path, out: Path, set_up: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Phases of a run, from its manifest."""
+    workload = SET_UPS[set_up]
+    flags = ["--gradient-checkpointing"] if workload.get("recomputes") else []
+    flags += ["--load-in", workload["form"]] if "form" in workload else []
+    samples = NUM_STEPS * args.batch_size
+    command = [
+        sys.executable, "llm_vtrans/prune.py", "--model", str(folder), "--data", "embedded",
+        "--sparsity", "0.5", "--output", str(out), "--dtype", args.dtype, "--log-every", "1",
+        "--samples", str(samples), "--batch-size", str(args.batch_size),
+        "--seq-len", str(args.seq_len), "--rotate", args.rotate, *flags,
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
+    phases: dict[str, Any] = json.loads((out / "vtrans.json").read_text())["phases"]
+    shutil.rmtree(out)
+    return phases
+
+
+def main() -> None:
+    """Prints a row per phase and set-up."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--set-up", nargs="+", choices=SET_UPS, default=["plain"])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--rotate", default="none", choices=("none", "pca"))
+    parser.add_argument("--folder", help="where the checkpoint is written; a temporary one else")
+    args = parser.parse_args()
+    rows: list[tuple[str, ...]] = [("phase", "seconds", "peak GiB", "planned GiB", "ratio")]
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        folder = Path(scratch) / "dense"
+        folder.mkdir()
+        write_checkpoint(folder, args.shape)
+        rows.append(("read every byte", f"{read_all(folder):.1f}", "", "", ""))
+        architecture = open_source(str(folder)).architecture
+        for set_up in args.set_up:
+            width = 2 if args.dtype == "bfloat16" else 4
+            work = Workload(args.batch_size, args.seq_len, 1, width, **SET_UPS[set_up])
+            planned = estimate_memory(architecture, VOCAB_SIZE, work, CPU_PROCESS_BYTES, 0.5)
+            estimates = {"load": planned.load, "train": planned.train, "score": planned.export}
+            phases = run(folder, Path(scratch) / "out", set_up, args)
+            for name, phase in phases.items():
+                peak, estimate = phase["peak_rss"] / GIB, estimates.get(name, 0) / GIB
+                against = (f"{estimate:.2f}", f"{estimate / peak:.2f}") if estimate else ("", "")
+                seconds = f"{phase['seconds']:.1f}"
+                rows.append((f"{set_up}: {name}", seconds, f"{peak:.2f}", *against))
+    print(
+        f"{args.shape}, {args.dtype}, {NUM_STEPS} steps of {args.batch_size} x {args.seq_len} "
+        f"tokens, rotation {args.rotate}, {torch.get_num_threads()} threads"
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

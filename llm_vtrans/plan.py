@@ -1,0 +1,220 @@
+"""`llm-vtrans plan`: what a run would take, from the config alone.
+
+Prints parameters and multiply-accumulates before and after, memory of a rank in each phase for
+every way to launch the run, seconds at a stated utilisation, and which launch file to use.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import AutoConfig
+
+from llm_vtrans.arguments import SIZES, SUFFIXES
+from llm_vtrans.budget import dense_shape, mac_cost
+from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.errors import UserError
+from llm_vtrans.families import Architecture, family_for
+from llm_vtrans.loading import EMBEDDED
+from llm_vtrans.reporting import table
+from llm_vtrans.resources import (
+    CPU_PROCESS_BYTES,
+    GPU_PROCESS_BYTES,
+    Memory,
+    Workload,
+    describe_bytes,
+    estimate_memory,
+    num_parameters,
+    training_flops,
+    weight_bytes,
+)
+
+MARGIN = 0.9  # of a device's memory: allocators fragment
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to start the run.
+
+    Attributes:
+        file: launch file.
+        flags: further options of prune.py.
+        work: the workload on each rank.
+    """
+
+    file: str
+    flags: str
+    work: Workload
+
+
+def launches(work: Workload, num_gpus: int) -> list[Launch]:
+    """Ways to start a run, the fastest first."""
+    if not num_gpus:
+        two = replace(work, num_ranks=2)
+        ways = [("single.yaml", work), ("cpu_two_ranks.yaml", two)]
+    else:
+        ways = [("single.yaml" if num_gpus == 1 else "multi_gpu.yaml", work)]
+        sliced = replace(work, is_sliced=True)
+        ways += [("zero3.yaml", sliced)] if num_gpus > 1 else []
+        ways += [("zero3_offload.yaml", replace(sliced, is_offloaded=True))]
+    found = []
+    for file, one in ways:
+        found.append(Launch(file, "", one))
+        found.append(Launch(file, "--gradient-checkpointing", replace(one, recomputes=True)))
+        if not one.is_sliced:
+            for form in ("8bit", "4bit"):
+                few = replace(one, recomputes=True, form=form)
+                found.append(Launch(file, f"--gradient-checkpointing --load-in {form}", few))
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="llm-vtrans plan", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default=EMBEDDED, help="folder or hub id; only its config is read")
+    add("--revision", help="of a hub model")
+    add("--sparsity", type=float, default=0.5, help="share of all parameters to remove")
+    add("--gpus", type=int, default=0, help="GPUs in all; 0 plans for the CPU")
+    add("--gpu-memory", default="80GB", help="of one GPU, such as 24GB or 80GB")
+    add("--host-memory", help="of one machine; default: this one's")
+    add("--samples", type=int, default=2400, help="calibration sequences")
+    add("--batch-size", type=int, default=8, help="sequences per rank and micro-batch")
+    add("--seq-len", type=int, help="tokens in a sequence; default 512 or the model's context")
+    add("--dtype", choices=DTYPE_BYTES, help="default bfloat16 on GPUs, float32 on the CPU")
+    add("--peak", default="990T", help="operations a second of one device, such as 990T")
+    add("--mfu", type=float, default=0.4, help="share of that which a run reaches")
+    args = parser.parse_args(arguments)
+    for name in ("samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("sparsity", "mfu"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in (0, 1), got {getattr(args, name)}")
+    if args.gpus < 0:
+        raise UserError(f"--gpus must not be negative, got {args.gpus}")
+    return args
+
+
+def _number(flag: str, text: str, units: dict[str, int]) -> float:
+    """A number with a unit such as 80GB or 990T."""
+    digits = text.strip().upper().rstrip("KMGTB")
+    unit = text.strip().upper()[len(digits) :]
+    try:
+        return float(digits) * units[unit]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{flag} {text!r}: expected a number with one of {list(units)}") from error
+
+
+def read_config(name: str, revision: str | None) -> Any:
+    """The model's config, from a folder or the hub; no weights are fetched.
+
+    Raises:
+        UserError: there is none.
+    """
+    place = str(EMBEDDED_MODEL) if name == EMBEDDED else name
+    try:
+        return AutoConfig.from_pretrained(place, revision=revision)
+    except Exception as error:  # transformers and the hub raise many types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {name}: its config cannot be read ({reason})") from error
+
+
+def _host_memory(text: str | None) -> float:
+    if text is not None:
+        return _number("--host-memory", text, SIZES)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise UserError("give --host-memory: this system does not tell its memory")
+
+
+def plan(arguments: list[str]) -> None:
+    """Prints what a run would take.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Raises:
+        UserError: something the user can correct.
+    """
+    args = _parse(arguments)
+    config = read_config(args.model, args.revision)
+    architecture = family_for(config.model_type).describe(config)
+    seq_len = min(args.seq_len or 512, architecture.max_positions)
+    dtype = args.dtype or ("bfloat16" if args.gpus else "float32")
+    work = Workload(args.batch_size, seq_len, max(1, args.gpus), dtype_bytes=DTYPE_BYTES[dtype])
+    _print_model(args, config, architecture, seq_len)
+    base = GPU_PROCESS_BYTES if args.gpus else CPU_PROCESS_BYTES
+    limit = _number("--gpu-memory", args.gpu_memory, SIZES) if args.gpus else 0.0
+    host = _host_memory(args.host_memory)
+    rows: list[tuple[str, ...]] = [
+        ("launch/accelerate/", "load", "train", "export", "host", "time", "fits")
+    ]
+    first: Launch | None = None
+    for launch in launches(work, args.gpus):
+        memory = estimate_memory(
+            architecture, config.vocab_size, launch.work, base, 1 - args.sparsity
+        )
+        fits = _fits(architecture, launch, memory, limit, host)
+        first = first or (launch if fits else None)
+        rows.append(_row(args, architecture, launch, memory, fits))
+    print(table(rows))
+    print(f"time: {args.samples} sequences at {args.mfu:.0%} of {args.peak} operations/s a device")
+    if first is None:
+        print("none fits: lower --batch-size or --seq-len, or bring more memory")
+        return
+    print(
+        f"\nuse: accelerate launch --config_file launch/accelerate/{first.file} "
+        f"--num_processes {first.work.num_ranks} \\\n    llm_vtrans/prune.py --model {args.model} "
+        f"--sparsity {args.sparsity:g} --batch-size {args.batch_size} --seq-len {seq_len} "
+        f"{first.flags}".rstrip()
+    )
+
+
+def _print_model(
+    args: argparse.Namespace, config: Any, architecture: Architecture, seq_len: int
+) -> None:
+    params = num_parameters(architecture)
+    macs = int(mac_cost(architecture, seq_len).of(dense_shape(architecture)))
+    kept = 1 - args.sparsity
+    print(
+        f"{args.model}: {config.model_type}, {architecture.num_layers} layers\n"
+        f"parameters {params:,} -> at most {int(kept * params):,}\n"
+        f"MACs of {seq_len} tokens {macs:,} -> about {int(kept * macs):,} "
+        "(as many as parameters go; what goes is decided in training)\n"
+    )
+
+
+def _fits(
+    architecture: Architecture, launch: Launch, memory: Memory, limit: float, host: float
+) -> bool:
+    if not limit:
+        return memory.peak * launch.work.num_ranks <= MARGIN * host
+    return memory.peak <= MARGIN * limit and _host_bytes(architecture, launch) <= MARGIN * host
+
+
+def _host_bytes(architecture: Architecture, launch: Launch) -> int:
+    """Host memory of all ranks together: processes, a tensor on its way, offloaded slices."""
+    whole = weight_bytes(architecture, replace(launch.work, is_sliced=False))
+    offloaded = whole if launch.work.is_offloaded else 0
+    return launch.work.num_ranks * 2 * CPU_PROCESS_BYTES + offloaded
+
+
+def _row(
+    args: argparse.Namespace, architecture: Architecture, launch: Launch, memory: Memory, fits: bool
+) -> tuple[str, ...]:
+    peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * launch.work.num_ranks
+    seconds = training_flops(architecture, launch.work, args.samples) / peak
+    host = describe_bytes(_host_bytes(architecture, launch)) if args.gpus else "-"
+    sizes = (describe_bytes(size) for size in (memory.load, memory.train, memory.export))
+    name = f"{launch.file} {launch.flags}".rstrip()
+    return (name, *sizes, host, f"{seconds:,.0f} s", "yes" if fits else "no")

@@ -1,0 +1,86 @@
+"""Being asked to go: SIGTERM or SIGUSR1 ends a run so that `--resume` continues it.
+
+Schedulers send one of them some time before they kill. During training the step is finished
+and the state saved first; elsewhere there is nothing to save that is not on disk already.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llm_vtrans.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption:
+    """Context manager that listens to the signals.
+
+    Attributes:
+        received: name of the signal, once there was one.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._is_deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._vote: Tensor | None = None
+
+    def __enter__(self) -> Preemption:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        is_first, self.received = self.received is None, signal.Signals(number).name
+        if is_first:
+            self.check()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals only leave their name here; `agreed` tells of them between two steps."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def check(self) -> None:
+        """Ends the run if a signal came and may act now.
+
+        Raises:
+            Preempted: it did.
+        """
+        if self.received is not None and not self._is_deferred:
+            raise Preempted(f"stopped by {self.received}; --resume continues")
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any rank was asked to go, the same answer on every rank.
+
+        Every rank calls it after each step. With several ranks it tells of the step before, so
+        that the device never waits for the answer.
+        """
+        if accelerator.num_processes == 1:
+            return self.received is not None
+        asked = torch.tensor(float(self.received is not None), device=accelerator.device)
+        last, self._vote = self._vote, accelerator.reduce(asked, "sum")
+        is_agreed = last is not None and last.item() > 0
+        if is_agreed and self.received is None:
+            self.received = "a signal to another rank"
+        return is_agreed

@@ -1,0 +1,77 @@
+"""One rank, two ranks and ZeRO-1, 2 and 3 on two ranks train the same masks (real processes)."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.test_two_ranks import GLOBAL_BATCH, NUM_STEPS, TWO_RANKS
+from tests.runs import ROOT, finish, flags, write_inputs
+
+HALF = GLOBAL_BATCH // 2
+SET_UPS = {  # name -> DeepSpeed configuration, further flags
+    "2 ranks": (None, ()),
+    "ZeRO-1": ("zero1", ()),
+    "ZeRO-2": ("zero2", ()),
+    "ZeRO-3": ("zero3", ()),
+    "ZeRO-3, recomputing": ("zero3", ("--gradient-checkpointing",)),
+    "ZeRO-3, offloaded": ("zero3_offload_cpu", ()),
+}
+
+pytestmark = [
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed library"
+    ),
+]
+
+
+@contextmanager
+def deepspeed(name: str | None, folder: Path) -> Iterator[None]:
+    """What `accelerate launch` sets for a DeepSpeed configuration of ds_configs/."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+            if config["zero_optimization"]["stage"] == 3:  # else the tiny tensors stay whole
+                config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            path = folder / "deepspeed.json"
+            path.write_text(json.dumps(config))
+            patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+            patch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+        yield
+
+
+def result(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out" / "masks.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = write_inputs(tmp_path_factory.mktemp("one"))
+    more = ("--gradient-accumulation", "2")
+    finish(flags(folder, *more, samples=NUM_STEPS * GLOBAL_BATCH, batch_size=HALF))
+    return result(folder)
+
+
+@pytest.mark.parametrize("name", SET_UPS)
+def test_same_masks(name: str, one_rank: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    config, more = SET_UPS[name]
+    folder = write_inputs(tmp_path)
+    with deepspeed(config, folder):
+        samples = NUM_STEPS * GLOBAL_BATCH
+        finish(flags(folder, *more, samples=samples, batch_size=HALF), *TWO_RANKS)
+    found = result(folder)
+    assert found.keys() == one_rank.keys()
+    kept = [key for key in found if key.startswith("keep.")]
+    same = sum(int((found[key] == one_rank[key]).sum()) for key in kept)
+    total = sum(one_rank[key].numel() for key in kept)
+    print(f"{name}: {same} of {total} units kept or dropped as on one rank")
+    assert same == total > 0
+    for key in found:
+        if key.startswith(("mu.", "log_var.")):
+            torch.testing.assert_close(found[key], one_rank[key], rtol=0, atol=1e-4)

@@ -1,0 +1,85 @@
+"""Chunked loss and recomputation give what the plain computation gives."""
+
+import pytest
+import torch
+from torch import nn
+
+from llm_vtrans.attachment import LINEAR_HEADS, MaskedModel
+from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
+from llm_vtrans.families import family_for
+from llm_vtrans.families.base import head_of
+from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
+from tests.unit.test_exactness import inputs_for
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB_SIZE, 10**6])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_chunks_change_nothing(chunk_logits: int, trains_head: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, VOCAB_SIZE, bias=True).double().requires_grad_(trains_head)
+    student = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 8, dtype=torch.float64)
+    inputs = [student, *(head.parameters() if trains_head else ())]
+    target = head(teacher).detach()
+    expected = distillation_loss(head(student), target)
+    found = chunked_distillation(head, student, teacher, chunk_logits)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad and found > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            chunked_distillation(head, student, teacher, chunk_logits), expected
+        )
+    for one, other in zip(
+        torch.autograd.grad(3 * found, inputs),
+        torch.autograd.grad(3 * expected, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_is_that_of_the_logits(name: str) -> None:
+    """In chunks where the head is one matrix; what a model does after it is not missed."""
+    model = tiny_model(name)
+    architecture = family_for(model.config.model_type).describe(model.config)
+    masked = MaskedModel(model, architecture)
+    assert (masked.head is None) == (head_of(model.config) not in LINEAR_HEADS)
+    inputs = inputs_for(model.config, 0)
+    gates = {"ffn": torch.linspace(0.2, 1.5, 20).repeat(3, 1).requires_grad_()}
+    dense = masked(inputs).detach()
+    masked.set_gates(gates)
+    expected = distillation_loss(masked(inputs), dense)
+    found = SelfDistillation(masked)(inputs, gates)["loss"]
+    assert expected > 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    grads = [torch.autograd.grad(loss, gates["ffn"])[0] for loss in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_a_head_that_rescales_is_not_taken_for_a_matrix() -> None:
+    model = tiny_model("llama")
+    masked = MaskedModel(model, family_for("llama").describe(model.config))
+    assert masked.head is model.get_output_embeddings()
+    model.config.final_logit_softcapping = 30.0
+    assert masked.head is None
+
+
+def test_recomputation_sees_the_same_gates() -> None:
+    grads, peaks = [], []
+    for recomputes in (False, True):
+        model = tiny_model("llama")
+        masked = MaskedModel(model, family_for("llama").describe(model.config))
+        distillation = SelfDistillation(masked, recomputes)
+        gate = torch.linspace(0.5, 1.5, 20).repeat(3, 1).requires_grad_()
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: (saved.append(x.numel()), x)[1], lambda x: x
+        ):
+            terms = distillation({"input_ids": torch.arange(32).view(2, 16)}, {"ffn": gate})
+        terms["loss"].backward()
+        grads.append(gate.grad)
+        peaks.append(sum(saved))
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[0] is not None and grads[0].abs().min() > 0
+    assert peaks[1] < peaks[0] / 2
