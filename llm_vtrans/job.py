@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,15 +29,12 @@ from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
-from llm_vtrans.families.base import Axis
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
 from llm_vtrans.manifest import (
-    check_masks,
     dtype_name,
     figures,
     plan_tensors,
-    read_masks,
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
@@ -55,16 +50,25 @@ from llm_vtrans.planning import (
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.quantised import FULL, check_form
 from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
-from llm_vtrans.report.record import RunRecord
-from llm_vtrans.reporting import METRICS_FILE, Reporter, truncate_metrics
+from llm_vtrans.reporting import METRICS_FILE, Reporter
+from llm_vtrans.reuse import reused_masks
 from llm_vtrans.rotation import principal_basis, rotate_model
-from llm_vtrans.run_state import STATE_FILE, extra_tensors, read_state, restore, save_state
+from llm_vtrans.run_state import (
+    STATE_FILE,
+    STATE_FOLDER,
+    extra_tensors,
+    open_state,
+    read_state,
+    remove_state,
+    restore,
+    save_state,
+)
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, complete_layers, initial_shapes
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.trained_weights import (
     BYTES_PER_PARAMETER,
-    FOLDER,
     check_trainable,
     stored_weights,
     train_weights,
@@ -74,28 +78,10 @@ from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
-STATE_FOLDER = STATE_FILE.split("/")[0]
-TRACKING_FOLDER = "tracking"  # beside the results, for trackers that write files
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
-
-
-def _trackers(args: PruneArguments) -> list[str] | None:
-    """Accelerate's trackers that `--track` names.
-
-    Raises:
-        UserError: one of them is unknown or not installed.
-    """
-    available = [str(tracker.value) for tracker in get_available_trackers()]
-    for name in args.trackers():
-        if name not in available:
-            raise UserError(
-                f"--track {name}: not installed; there are {', '.join(available) or 'none'} "
-                "(pip install tensorboard, wandb, ...)"
-            )
-    return args.trackers() or None
 
 
 @dataclass
@@ -153,7 +139,7 @@ class Job:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
-            log_with=_trackers(args),
+            log_with=trackers(args),
             project_dir=args.output_folder().parent / TRACKING_FOLDER,
         )
         set_seed(args.seed)
@@ -233,7 +219,7 @@ class Job:
 
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""
-        known = self._trained_masks() if self.saved is None else extra_tensors(self.saved[1])
+        known = self._known()
         device = self.accelerator.device
         configure(self.accelerator, self.dtype, self.args.batch_size)
         with self.reporter.phase("load"):
@@ -264,7 +250,7 @@ class Job:
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
         if self.accelerator.is_main_process:
-            self._open_state_folder()
+            open_state(self.output.path, None if self.saved is None else self.saved[0])
         if self.args.track:
             settings = {name: str(value) for name, value in asdict(self.args).items()}
             self.accelerator.init_trackers(self.output.path.name, settings)
@@ -284,62 +270,12 @@ class Job:
             self.dtype, args.gradient_checkpointing,
         ).to(device)  # fmt: skip
 
-    def _trained_masks(self) -> dict[str, Tensor]:
-        """Tensors of the earlier run that `--masks` names, or none."""
-        if self.args.masks is None:
-            return {}
-        folder = Path(self.args.masks)
-        trained = read_masks(folder, self.source.checkpoint.sha256())
-        variant = RunRecord.read(folder).manifest["settings"].get("variant", "faster")
-        if variant != "faster":
-            raise UserError(
-                f"--masks {folder}: its weights were trained with the masks (--variant {variant}) "
-                "and only the kept ones were written; prune anew for another budget"
-            )
-        structures = {n[3:] for n in trained if n.startswith("mu.")}
-        if structures != set(self.args.structures()):
-            raise UserError(
-                f"--masks {self.args.masks}: trained with --prune {','.join(sorted(structures))}; "
-                f"give the same instead of {self.args.prune}"
-            )
-        if ("rotation" in trained) != self.uses_rotation:
-            given = "pca" if "rotation" in trained else "none"
-            raise UserError(
-                f"--masks {self.args.masks}: trained with --rotate {given}; give it too"
-            )
-        check_masks(trained, self._mask_shapes(), f"--masks {self.args.masks}")
-        return trained
-
-    def _mask_shapes(self) -> dict[str, list[tuple[int, ...]]]:
-        """Shapes that tensors of an earlier run may have: masks serve both layouts."""
-        names = self.args.structures()
-        layouts = [initial_shapes(self.architecture, names, uniform) for uniform in (True, False)]
-        shapes = {
-            f"{part}.{name}": [layout[name] for layout in layouts]
-            for part in ("mu", "log_var")
-            for name in names
-        }
-        hidden = self.architecture.num_units[Axis.HIDDEN]
-        return {**shapes, "rotation": [(hidden, hidden)]} if self.uses_rotation else shapes
-
-    def _open_state_folder(self) -> None:
-        """Keeps what the saved state covers, or starts anew; an earlier result is not touched."""
-        folder = self.output.path / STATE_FOLDER
+    def _known(self) -> dict[str, Tensor]:
+        """What was trained before: by the unfinished run, or by the one that `--masks` names."""
         if self.saved is not None:
-            truncate_metrics(folder, self.saved[0])
-        else:
-            self._remove_state()
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def _remove_state(self) -> None:
-        """Removes the state, and what a kill left of one that was being written."""
-        state = self.output.path / STATE_FILE
-        halves = state.parent.glob(f".{state.name}.partial-*")
-        shutil.rmtree(state.parent / FOLDER, ignore_errors=True)
-        for path in (state, state.with_name(METRICS_FILE), *halves):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # something else lies there: it is not ours to delete
-            state.parent.rmdir()
+            return extra_tensors(self.saved[1])
+        checkpoint = self.source.checkpoint.sha256()
+        return reused_masks(self.args, self.architecture, self.uses_rotation, checkpoint)
 
     def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
         if basis is None:
@@ -525,7 +461,7 @@ class Job:
                 metrics = self.output.path / STATE_FOLDER / METRICS_FILE
                 self.manifest = write_record(self, folder, hashes, metrics)
         if is_main:
-            self._remove_state()
+            remove_state(self.output.path)
         self.accelerator.wait_for_everyone()
 
     def _write_weights(self, folder: Path) -> dict[str, str]:

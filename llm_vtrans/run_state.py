@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,38 @@ from torch import Tensor
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.output_folder import atomic_write_bytes
+from llm_vtrans.reporting import METRICS_FILE, truncate_metrics
+from llm_vtrans.trained_weights import FOLDER as WEIGHTS_FOLDER
 from llm_vtrans.training import Objective
 
-STATE_FILE = "state/training.safetensors"
+STATE_FOLDER = "state"  # inside the output folder
+STATE_FILE = f"{STATE_FOLDER}/training.safetensors"
+
+
+def open_state(folder: Path, saved_step: int | None) -> None:
+    """Makes the state folder ready; an earlier result beside it is not touched.
+
+    Args:
+        folder: of the run's output.
+        saved_step: steps that the saved state covers; None starts anew.
+    """
+    state = folder / STATE_FOLDER
+    if saved_step is not None:
+        truncate_metrics(state, saved_step)
+    else:
+        remove_state(folder)
+        state.mkdir(parents=True, exist_ok=True)
+
+
+def remove_state(folder: Path) -> None:
+    """Removes the state, and what a kill left of one that was being written."""
+    state = folder / STATE_FILE
+    halves = state.parent.glob(f".{state.name}.partial-*")
+    shutil.rmtree(state.parent / WEIGHTS_FOLDER, ignore_errors=True)
+    for path in (state, state.with_name(METRICS_FILE), *halves):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies there: it is not ours to delete
+        state.parent.rmdir()
 
 
 def _trained(objective: Objective) -> dict[str, torch.nn.Parameter]:

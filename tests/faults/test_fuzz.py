@@ -128,7 +128,7 @@ def test_masks(finished: Path, tmp_path: Path, tally: Tally, num_cases: int) -> 
     job = Job.prepare(args, Preemption())
 
     def use_masks() -> None:
-        job._trained_masks()
+        job._known()
         RunRecord.read(folder / "out")
 
     def case(raw: bytes) -> None:
