@@ -111,6 +111,11 @@ class PruneArguments:
         "Share of the samples that is used after the units are picked, to tune the stream's basis "
         "and a factor at every gate for them. 0: none.",
     )
+    token_noise: float = _option(
+        0.15,
+        "Share of the calibration tokens of a causal LM that random ones replace, so that masks "
+        "keep what other texts need. 0: none.",
+    )
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
@@ -192,8 +197,10 @@ class PruneArguments:
             self._at_least("seq_len", 2)
         if self.round_to is not None:
             self._at_least("round_to", 1)
-        if not 0 <= self.tune_share < 1:
-            raise UserError(f"--tune-share must be in [0, 1), got {self.tune_share}")
+        for name in ("tune_share", "token_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.kl_weight < float("inf"):

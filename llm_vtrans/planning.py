@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from llm_vtrans.families.base import head_of
 from llm_vtrans.loading import Source, load_tokenizer
 from llm_vtrans.rotation import rotated_architecture
 from llm_vtrans.tasks import Task, make_task, task_of
+from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.training import TrainingSettings
 
 MAX_SEQ_LEN = 512
@@ -107,7 +109,8 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
             task, or a tokenizer of another model.
     """
     kind = task_of(args, head_of(source.config), source.config.num_labels)
-    data = make_task(args, kind, load_tokenizer(source), seq_len, args.samples, args.fraction)
+    tokenizer = load_tokenizer(source)
+    data = make_task(args, kind, tokenizer, seq_len, args.samples, args.fraction)
     largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
     if largest >= source.config.vocab_size:
         raise UserError(
@@ -119,6 +122,11 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
             f"--data {args.data}: {data.num_labels} classes, the model has "
             f"{source.config.num_labels}; --finetune-first makes a model for them"
         )
+    if kind == "clm" and args.token_noise:
+        special = set(tokenizer.all_special_ids)
+        tokens = sorted({*range(min(len(tokenizer), source.config.vocab_size))} - special)
+        noisy = with_noise(data.train, args.token_noise, torch.tensor(tokens), args.seed)
+        return replace(data, train=noisy)
     return data
 
 

@@ -53,6 +53,27 @@ class Examples:
             yield {name: tensor.to(device) for name, tensor in shortened(batch).items()}
 
 
+def with_noise(examples: Examples, share: float, tokens: Tensor, seed: int) -> Examples:
+    """Examples in which random tokens stand in the place of some.
+
+    Calibration text never shows what the model knows about other texts, so masks would let
+    it go. Next to random tokens a network answers with much of what it knows: queries of
+    random words suffice to extract a model (Krishna et al., arXiv:1910.12366, section 4).
+
+    Args:
+        examples: without labels, as only a teacher knows what follows such a text.
+        share: of the tokens that are replaced, in [0, 1).
+        tokens: those to draw from, `(num_tokens,)`; only these are replaced.
+        seed: of positions and tokens.
+    """
+    assert not examples.tensors.keys() & set(LABELS)
+    draw = torch.Generator().manual_seed(seed)
+    ids = examples.tensors["input_ids"]
+    others = tokens[torch.randint(len(tokens), ids.shape, generator=draw)]
+    is_replaced = (torch.rand(ids.shape, generator=draw) < share) & torch.isin(ids, tokens)
+    return Examples({**examples.tensors, "input_ids": torch.where(is_replaced, others, ids)})
+
+
 def collate(rows: Sequence[Batch]) -> Batch:
     """A batch of examples, cut to its longest sequence."""
     return shortened({name: torch.stack([row[name] for row in rows]) for name in rows[0]})

@@ -1,6 +1,7 @@
 """Calibration windows: packing, held-out part, determinism."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llm_vtrans.calibration import TextSource, calibrate, documents
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
+from llm_vtrans.tasks.encoding import Examples, with_noise
 
 TEXTS = [f"Document {i}: " + f"word{i} " * (20 + i % 7) for i in range(200)]
 
@@ -66,3 +68,31 @@ def test_too_little_text_is_refused(tmp_path: Path, tokenizer: PreTrainedTokeniz
     source = TextSource(str(write(tmp_path, ".txt")))
     with pytest.raises(UserError, match="lower --samples"):
         calibrate(source, tokenizer, num_samples=10_000, seq_len=32, seed=0)
+
+
+def test_neighbouring_windows_are_spread(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A step sees several documents although a document fills several windows."""
+    documents = [f"topic{i} " * 200 for i in range(40)]
+    (tmp_path / "long.txt").write_text("\n\n".join(documents))
+    data = calibrate(TextSource(str(tmp_path / "long.txt")), tokenizer, 60, 32, seed=0)
+    # All but the last of a document's windows repeat its own words alone.
+    of_rows = [frozenset(row) for row in data.train.tolist()]
+    same = sum(a == b for a, b in pairwise(of_rows))
+    assert len(set(of_rows)) < 40 and same < 20
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.9])
+def test_noise_replaces_a_share_of_the_tokens(share: float) -> None:
+    special, rows = 3, torch.arange(6000).remainder(50).view(100, 60)
+    tokens = torch.tensor([i for i in range(40) if i != special])
+    noisy = with_noise(Examples({"input_ids": rows}), share, tokens, seed=1).tensors["input_ids"]
+    changed = noisy != rows
+    assert set(noisy[changed].tolist()) <= set(tokens.tolist())
+    assert not changed[torch.isin(rows, torch.tensor([special, *range(40, 50)]))].any()
+    free = torch.isin(rows, tokens)
+    expected = share * (1 - 1 / len(tokens))  # a draw may give what was there
+    assert float(changed[free].float().mean()) == pytest.approx(expected, abs=0.03)
+    again = with_noise(Examples({"input_ids": rows}), share, tokens, seed=1).tensors["input_ids"]
+    assert torch.equal(noisy, again)
