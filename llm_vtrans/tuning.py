@@ -21,8 +21,8 @@ from llm_vtrans.rotation import Basis
 
 WRITE, READ = "write", "read"
 INPUT, OUTPUT = "in", "out"
-MAP_LEARNING_RATE = 0.64  # divided by the width
-SCALE_LEARNING_RATE = 0.01
+MAP_LEARNING_RATE = 0.2  # divided by the width
+SCALE_LEARNING_RATE = 0.003
 
 
 def scale_name(module: str, side: str) -> str:
