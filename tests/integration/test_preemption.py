@@ -84,9 +84,9 @@ def _command(pid: str) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
 
-@pytest.mark.parametrize(
-    "num_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("num_kills", [3, 20])
 def test_kills_at_random_moments(uninterrupted: Path, work: Path, num_kills: int) -> None:
     """kill -9, every second one while a state is being written; the masks come out the same.
 
