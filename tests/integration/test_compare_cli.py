@@ -51,6 +51,7 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_table_resumes(inputs: Path) -> None:
     given = ["--sparsity", "0.3", "0.9", "--methods", "wanda-sp", "slicegpt"]
     given += ["--recover", "none", "least-squares"]
@@ -81,6 +82,7 @@ def test_table_resumes(inputs: Path) -> None:
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items() if f != lost)
 
 
+@pytest.mark.slow
 def test_ours_is_the_product(inputs: Path) -> None:
     """One training; the other budget comes from its masks, the perplexities from its exports."""
     result = compare(inputs, "--sparsity", "0.5", "0.3", "--methods", "ours")

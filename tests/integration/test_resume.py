@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import time
 from pathlib import Path
 from shutil import copytree
 
@@ -75,7 +76,7 @@ def kill_after(folder: Path, step: int, *more: str) -> None:
     """Starts the run and kills it as soon as a state of `step` or later is saved."""
     process = start(long_run(folder, *more))
     while saved_step(folder) < step and process.poll() is None:
-        pass
+        time.sleep(0.005)  # leaves the processor to the run
     process.kill()
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors
