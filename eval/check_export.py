@@ -26,7 +26,7 @@ from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import complete
 from llm_vtrans.head_basis import HeadBasis
-from llm_vtrans.loading import load_model, open_source, untie_head
+from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.manifest import read_masks
 from llm_vtrans.rotation import rotate_model, rotated_architecture
 from llm_vtrans.tuning import Tuning
@@ -53,13 +53,12 @@ print(json.dumps({"class": type(model).__name__, "difference": difference}))
 def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits `(batch, seq, vocab)` of the hard-masked model, float32."""
     source = open_source(model_name)
-    saved = read_masks(run, source.checkpoint.sha256())
+    saved = read_masks(run, source.checkpoint.sha256)
     architecture = source.architecture
-    model = load_model(source, torch.float32, torch.device("cpu"))
     if "rotation" in saved:
-        if architecture.tied_head is not None:
-            untie_head(model)
         architecture = rotated_architecture(architecture)
+    model = load_model(source, torch.float32, torch.device("cpu"), architecture)
+    if "rotation" in saved:
         rotate_model(model, architecture, saved["rotation"])
     gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
     keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}

@@ -154,7 +154,7 @@ def prepare_windows(settings: Settings, source: Source, seed: int) -> str:
 
 def plan_cells(args: argparse.Namespace, settings: Settings, source: Source) -> Iterator[Cell]:
     """Every cell, dense first; methods that are alike in both layouts run in one."""
-    checkpoint = source.checkpoint.sha256()
+    checkpoint = source.checkpoint.sha256
     inputs = {seed: prepare_windows(settings, source, seed) for seed in dict.fromkeys(args.seeds)}
     layouts = ["stock", "per-layer"] if args.layout == "both" else [args.layout]
     for seed, digest in inputs.items():

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -144,6 +145,7 @@ class Checkpoint:
         data = _read_bytes(info, start * row_bytes, stop * row_bytes)
         return data.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
+    @cached_property
     def sha256(self) -> str:
         """Identity of the checkpoint in hexadecimal, without reading all of it.
 

@@ -94,7 +94,12 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its launch, before any ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_zero():
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     return USER_ERROR

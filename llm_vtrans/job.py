@@ -63,7 +63,7 @@ from llm_vtrans.run_state import (
     restore,
     save_state,
 )
-from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, complete_layers, initial_shapes
+from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.tracking import TRACKING_FOLDER, trackers
@@ -274,7 +274,7 @@ class Job:
         """What was trained before: by the unfinished run, or by the one that `--masks` names."""
         if self.saved is not None:
             return extra_tensors(self.saved[1])
-        checkpoint = self.source.checkpoint.sha256()
+        checkpoint = self.source.checkpoint.sha256
         return reused_masks(self.args, self.architecture, self.uses_rotation, checkpoint)
 
     def _rotate(self, model: PreTrainedModel, basis: Tensor | None) -> None:
@@ -314,7 +314,7 @@ class Job:
         return {
             **deciding_settings(self.args),
             "global_batch": self.args.global_batch(self._num_ranks),
-            "checkpoint": self.source.checkpoint.sha256(),
+            "checkpoint": self.source.checkpoint.sha256,
         }
 
     def search(self) -> None:
@@ -434,8 +434,7 @@ class Job:
         self.accelerator.log(progress.metrics, step=progress.step)
 
     def _hard_gates(self, plan: PrunePlan) -> dict[str, Tensor]:
-        hard = {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
-        return complete_layers(hard, self.architecture)
+        return {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
 
     def _masked_perplexity(self, plan: PrunePlan) -> float:
         self.masked.set_gates(self._hard_gates(plan))
@@ -474,7 +473,7 @@ class Job:
             write_masks(
                 folder,
                 self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
-                self.source.checkpoint.sha256(),
+                self.source.checkpoint.sha256,
             )
         return hashes
 

@@ -300,11 +300,3 @@ def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -
     if name in checkpoint.tensors:
         return name
     return architecture.embedding.name
-
-
-def untie_head(model: PreTrainedModel) -> None:
-    """Gives the output head storage of its own, as rotation folds the final norm into it."""
-    head = model.get_output_embeddings()
-    assert head is not None
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False

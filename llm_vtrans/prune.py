@@ -14,12 +14,12 @@ if not __package__:  # as a script this folder comes first; the package must be 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from llm_vtrans.arguments import PruneArguments, parse
-from llm_vtrans.command import run_command
+from llm_vtrans.command import is_rank_zero, run_command
 from llm_vtrans.job import Job
 from llm_vtrans.output_folder import exclusive
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.recording import finished_manifest, result_line
-from llm_vtrans.reporting import Reporter, is_rank_zero
+from llm_vtrans.reporting import Reporter
 from llm_vtrans.tasks.finetuning import finetune_first
 
 

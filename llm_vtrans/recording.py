@@ -118,7 +118,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         "source": {
             "name": args.model,
             "revision": args.revision,
-            "sha256": source.checkpoint.sha256(),
+            "sha256": source.checkpoint.sha256,
             "license": base_license(source.checkpoint.folder, source.checkpoint.config),
         },
         "params": {"before": dense_params(source), "after": num_params},

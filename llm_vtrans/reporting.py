@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import shutil
@@ -148,11 +147,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the first of its launch, before any ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def command_line() -> str:

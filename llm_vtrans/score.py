@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_vtrans.command import Parser, positive
+from llm_vtrans.command import Parser, is_rank_zero, positive
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.scoring import Estimate, text_documents, text_windows
@@ -274,7 +274,7 @@ def run(arguments: list[str]) -> None:
         label: score_model(checkpoint, args, max_length, windows, texts, tasks)
         for label, checkpoint in models.items()
     }
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_zero():
         columns = with_differences(rows)
         print(table(rows, columns))
         write_atomically(args.output, record(args, rows, columns))

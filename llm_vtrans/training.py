@@ -112,7 +112,7 @@ def train(
     report: Callable[[Progress], None],
     save: Callable[[int], None],
     preemption: Preemption,
-) -> int:
+) -> None:
     """Runs one stage; its parameters change in place.
 
     Args:
@@ -125,9 +125,6 @@ def train(
         report: called on every rank after each logged step.
         save: called on every rank when a state is due, and at the end of the stage.
         preemption: asked after each step whether to stop; the state is saved then.
-
-    Returns:
-        Global steps done: fewer than the stage's if the run was asked to go.
 
     Raises:
         UserError: a loss term became NaN or infinite; the last saved state stays.
@@ -162,8 +159,7 @@ def train(
             _check_finite(objective, num_done)
             save(num_done)
         if is_stopped:
-            return num_done
-    return objective.stage.stop
+            return
 
 
 def _average_gradients(objective: nn.Module, accelerator: Accelerator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
-from llm_vtrans.loading import Source, load_model, untie_head
+from llm_vtrans.loading import Source, load_model
 from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
 
 Importances = Mapping[str, Tensor]  # `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 1)`
@@ -75,18 +75,17 @@ class Network:
         Raises:
             UserError: the family's norm does not allow a rotation.
         """
-        model = load_model(source, torch.float32, device)
-        network = cls(source, model, source.architecture, windows.to(device))
-        return network._rotated() if is_rotated else network
-
-    def _rotated(self) -> Network:
-        check_rotates(self.source)
-        if self.architecture.tied_head is not None:
-            untie_head(self.model)
-        architecture = rotated_architecture(self.architecture)
-        basis = principal_basis(self.model, architecture, self.batches, self.forward)
-        rotate_model(self.model, architecture, basis)
-        return Network(self.source, self.model, architecture, self.windows, basis)
+        architecture = source.architecture
+        if is_rotated:
+            check_rotates(source)
+            architecture = rotated_architecture(architecture)
+        model = load_model(source, torch.float32, device, architecture)
+        network = cls(source, model, architecture, windows.to(device))
+        if not is_rotated:
+            return network
+        basis = principal_basis(model, architecture, network.batches, network.forward)
+        rotate_model(model, architecture, basis)
+        return replace(network, basis=basis)
 
     @property
     def batches(self) -> list[Tensor]:

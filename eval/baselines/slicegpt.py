@@ -29,7 +29,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_config
 from llm_vtrans.families import Architecture, Axis, Shape
 from llm_vtrans.families.base import Stream, Sublayer, TensorSpec
-from llm_vtrans.loading import untie_head
+from llm_vtrans.loading import load_model
 from llm_vtrans.rotation import Basis, rotated_architecture
 
 NOTE = "scored in memory: its residual matrices have no place in a stock config; they are counted"
@@ -45,19 +45,18 @@ class SliceGPT:
     def prune(self, case: Case) -> Pruned:
         """Finds the bases, slices, and adds the residual matrices."""
         check_rotates(case.source)
-        network = Network.load(case.source, case.windows, case.device)
-        if network.architecture.tied_head is not None:
-            untie_head(network.model)
-        architecture = rotated_architecture(network.architecture)
+        architecture = rotated_architecture(case.source.architecture)
+        model = load_model(case.source, torch.float32, case.device, architecture)
+        network = Network(case.source, model, architecture, case.windows.to(case.device))
         problem = case.problem(architecture)
         size = sliced_size(problem)
         bases = block_bases(network, architecture)
         plan = leading_dimensions(architecture, size)
         pruning = Pruning(case.source.checkpoint, architecture, plan, Basis.rotation(bases[0]))
-        model = sliced_model(case, pruning, bases).to(case.device)  # type: ignore[arg-type]
+        sliced = sliced_model(case, pruning, bases).to(case.device)  # type: ignore[arg-type]
         extra = 2 * architecture.num_layers * size**2
         num_params = problem.cost.of(plan.shape) + extra
-        return Pruned(model, num_params, pruning, added_macs=extra, note=NOTE)
+        return Pruned(sliced, num_params, pruning, added_macs=extra, note=NOTE)
 
 
 def sliced_size(problem: Problem) -> int:

@@ -57,7 +57,7 @@ class Ours:
             *("--model", self.model, "--data", self.data, "--samples", str(self.samples)),
             *("--seq-len", str(self.seq_len), "--seed", str(case.seed), "--layout", layout),
         ]
-        deciding = json.dumps([case.source.checkpoint.sha256(), versions(), *common[2:]])
+        deciding = json.dumps([case.source.checkpoint.sha256, versions(), *common[2:]])
         digest = hashlib.sha256(deciding.encode()).hexdigest()[:12]
         trained = self.folder / f"seed{case.seed}-{layout}-{digest}"
         if not (trained / MANIFEST_FILE).is_file():

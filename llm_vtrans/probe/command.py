@@ -45,7 +45,7 @@ def probe(arguments: list[str]) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = open_source(args.model)
-    masks = read_masks(args.run, source.checkpoint.sha256())
+    masks = read_masks(args.run, source.checkpoint.sha256)
     kept, signal = head_masks(masks, args.run)
     tokenizer = load_tokenizer(source)
     is_causal = auto_class(source.config) is AutoModelForCausalLM

@@ -41,7 +41,7 @@ def use(folder: Path) -> None:
     args = PruneArguments(model=str(folder))
     make_problem(args, source, CPU)
     window_length(args, source)
-    source.checkpoint.sha256()
+    assert source.checkpoint.sha256
     model = load_model(source, torch.float32, CPU)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
+from tests.faults.cases import one_line
 from tests.runs import flags, start, write_inputs
 from tests.tiny import tiny_model
 
@@ -43,15 +44,6 @@ def contents(folder: Path) -> dict[str, str]:
         )
         for path in folder.rglob("*")
     }
-
-
-def error_line(status: int | None, errors: str) -> str:
-    """The one line of a failed command."""
-    assert status == USER_ERROR
-    lines = errors.splitlines()
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def first_shard(work: Path) -> Path:
@@ -268,7 +260,7 @@ def test_one_line(work: Path, capsys: pytest.CaptureFixture[str], case: str) -> 
     damage, words = CASES[case]
     arguments = flags(work) + damage(work)
     before = contents(work)
-    line = error_line(run_command(prune, arguments), capsys.readouterr().err)
+    line = one_line(run_command(prune, arguments), capsys.readouterr().err)
     assert [word for word in words if word not in line] == [], line
     assert contents(work) == before
 
@@ -280,7 +272,7 @@ def test_one_line_of_a_process(work: Path, case: str) -> None:
     before = contents(work)
     process = start(arguments)
     _, errors = process.communicate()
-    line = error_line(process.returncode, errors)
+    line = one_line(process.returncode, errors)
     assert [word for word in words if word not in line] == [], line
     assert contents(work) == before
 
@@ -297,7 +289,7 @@ def test_nan_in_training(
 ) -> None:
     """The line names step and term; what was saved before stays and is finite."""
     arguments = flags(work, *UNSTABLE, "--log-every", str(log_every))
-    line = error_line(run_command(prune, arguments), capsys.readouterr().err)
+    line = one_line(run_command(prune, arguments), capsys.readouterr().err)
     words = ("step 2", name, "lower --learning-rate", "--overwrite")
     assert [word for word in words if word not in line] == [], line
     saved = {path.relative_to(work / "out") for path in (work / "out").rglob("*.*")}
@@ -313,7 +305,7 @@ def test_nan_leaves_an_earlier_result(work: Path, capsys: pytest.CaptureFixture[
     full_output(work)
     (work / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
     before = contents(work)
-    error_line(run_command(prune, flags(work, *UNSTABLE, "--overwrite")), capsys.readouterr().err)
+    one_line(run_command(prune, flags(work, *UNSTABLE, "--overwrite")), capsys.readouterr().err)
     after = contents(work)
     state = {name for name in after if name.startswith("out/state")}
     assert state == {"out/state", "out/state/metrics.jsonl", "out/state/training.safetensors"}
@@ -347,7 +339,7 @@ def test_unfinished_run_is_not_lost(
 ) -> None:
     before = contents(unfinished)
     status = run_command(prune, flags(unfinished, *UNSTABLE, *more))
-    line = error_line(status, capsys.readouterr().err)
+    line = one_line(status, capsys.readouterr().err)
     assert [word for word in words if word not in line] == [], line
     assert contents(unfinished) == before
 
@@ -357,7 +349,7 @@ def test_resume_of_other_weights(unfinished: Path, capsys: pytest.CaptureFixture
     before = contents(unfinished)
     capsys.readouterr()
     status = run_command(prune, flags(unfinished, *UNSTABLE, "--resume"))
-    line = error_line(status, capsys.readouterr().err)
+    line = one_line(status, capsys.readouterr().err)
     assert "checkpoint" in line and "--overwrite" in line
     assert contents(unfinished) == before
 
@@ -367,6 +359,6 @@ def test_resume_of_a_damaged_state(unfinished: Path, capsys: pytest.CaptureFixtu
     state.write_bytes(state.read_bytes()[:-5])
     before = contents(unfinished)
     status = run_command(prune, flags(unfinished, *UNSTABLE, "--resume"))
-    line = error_line(status, capsys.readouterr().err)
+    line = one_line(status, capsys.readouterr().err)
     assert str(state) in line and "--overwrite" in line
     assert contents(unfinished) == before

@@ -130,17 +130,17 @@ def test_single_file_goes_before_an_index(sharded: Path) -> None:
 
 def test_sha256_names_the_content_not_the_sharding(single: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single)
-    digest = checkpoint.sha256()
+    digest = checkpoint.sha256
     tensors = load_file(single / "model.safetensors")
     (single / "model.safetensors").unlink()
     weight_map = dict(zip(tensors, SHARDS, strict=True))
     for name, file_name in weight_map.items():
         save_file({name: tensors[name]}, single / file_name)
     (single / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert Checkpoint.open(single).sha256() == digest
+    assert Checkpoint.open(single).sha256 == digest
 
     save_file({"b": -tensors["b"]}, single / weight_map["b"])
-    assert Checkpoint.open(single).sha256() != digest
+    assert Checkpoint.open(single).sha256 != digest
 
 
 def test_missing_folder(tmp_path: Path) -> None:

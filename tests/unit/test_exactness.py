@@ -18,7 +18,7 @@ from llm_vtrans.export import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.loading import load_model, open_source, untie_head
+from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.rotation import rotate_model, rotated_architecture
 from llm_vtrans.tuning import Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
@@ -110,13 +110,13 @@ def check_exact(
 ) -> None:
     source = open_source(str(folder))
     architecture, rotation, basis = source.architecture, None, None
-    model = load_model(source, torch.float32, torch.device("cpu"))
+    is_rotated = is_rotated and source.family.rotates
     inputs = inputs_for(source.config, seed)
-    dense = logits_of(model(**inputs))
-    if is_rotated and source.family.rotates:
-        if architecture.tied_head:
-            untie_head(model)
+    dense = logits_of(load_model(source, torch.float32, torch.device("cpu"))(**inputs))
+    if is_rotated:
         architecture = rotated_architecture(architecture)
+    model = load_model(source, torch.float32, torch.device("cpu"), architecture)
+    if is_rotated:
         size = architecture.num_units[Axis.HIDDEN]
         noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
         rotation = torch.linalg.qr(noise)[0]
