@@ -26,6 +26,7 @@ from llm_vtrans.families.base import head_of
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.quantised import FULL, is_quantised, set_quantised
 from llm_vtrans.rotation import rotate_tensor
+from llm_vtrans.widened import widen_where_slow
 from llm_vtrans.zero3 import gathered, is_writer
 
 EMBEDDED = "embedded"
@@ -248,6 +249,7 @@ def load_model(
     model.requires_grad_(False)
     fill_model(model, Weights(source, architecture, form=form), dtype, device)
     model.tie_weights()
+    widen_where_slow(model, dtype, device)
     model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
     return model.eval()
 
