@@ -22,12 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from safetensors.torch import save_file
 
-from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import complete
-from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.manifest import read_masks
+from llm_vtrans.manifest import read_masks, saved_plan
 from llm_vtrans.rotation import rotate_model, rotated_architecture
 from llm_vtrans.tuning import Tuning
 
@@ -60,15 +57,11 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     model = load_model(source, torch.float32, torch.device("cpu"), architecture)
     if "rotation" in saved:
         rotate_model(model, architecture, saved["rotation"])
-    gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
-    keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
     tuning = Tuning(architecture, has_maps="rotation" in saved)
     tuning.load_state_dict({name: saved[f"tuned.{name}"] for name in tuning.state_dict()})
     tuning.is_on = True
     masked = MaskedModel(model, architecture, tuning)
-    basis = HeadBasis.saved(saved)
-    head_dim = None if basis is None else basis.width
-    masked.set_gates(PrunePlan(keep, complete(gate, architecture), head_dim, basis).hard())
+    masked.set_gates(saved_plan(saved).hard())
     return masked(tokens)
 
 

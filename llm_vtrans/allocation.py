@@ -37,12 +37,15 @@ class PrunePlan:
         gate: the masks' `mu`, float32, of the same structures and `layers (L, 2)`.
         head_dim: kept dimensions of every head; None keeps all.
         basis: of the heads, where not all of their dimensions are kept.
+        maps: of the residual stream, `write` and `read` `(d, d)`, that tuning starts from; None
+            for the identity.
     """
 
     keep: Mapping[str, Tensor]
     gate: Mapping[str, Tensor]
     head_dim: int | None = None
     basis: HeadBasis | None = None
+    maps: Mapping[str, Tensor] | None = None
 
     @property
     def shape(self) -> Shape:

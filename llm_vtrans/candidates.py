@@ -11,28 +11,63 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from llm_vtrans.allocation import TOLERANCE, Problem, PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.oblique import ObliqueBasis
 
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
 
 
-def candidates(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
+def candidates(
+    masks: VIBMasks, problem: Problem, oblique: ObliqueBasis | None = None
+) -> Iterator[PrunePlan]:
     """The plan of largest benefit first, then its neighbours within the same budget.
 
     Neighbours have another hidden size, in the stock layout another number of heads, or
-    keep the layers that the masks would remove; FFN units make up for it.
+    keep the layers that the masks would remove; FFN units make up for it. With an oblique basis
+    there is also the plan that removes hidden dimensions alone, and each plan comes a second
+    time with as many dimensions of that basis in place of its own.
 
     Args:
         masks: trained masks.
         problem: model, budget, rounding and layout.
+        oblique: of the stream, where the family allows another basis.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
+    if oblique is None or Axis.HIDDEN not in masks.names():
+        yield from _neighbours(masks, problem)
+        return
+    for plan in (*_neighbours(masks, problem), *_hidden_alone(problem)):
+        yield plan
+        yield _in_basis(plan, oblique)
+
+
+def _hidden_alone(problem: Problem) -> Iterator[PrunePlan]:
+    """Only hidden dimensions go, the later ones, where that meets the budget."""
+    order = torch.linspace(1, 0, problem.architecture.num_units[Axis.HIDDEN], dtype=torch.float64)
+    with suppress(UserError):
+        yield allocate_scores({Axis.HIDDEN: order}, {}, problem)
+
+
+def _in_basis(plan: PrunePlan, oblique: ObliqueBasis) -> PrunePlan:
+    size = plan.shape.hidden
+    keep = torch.arange(len(plan.keep[Axis.HIDDEN])) < size
+    return replace(
+        plan,
+        keep={**plan.keep, Axis.HIDDEN: keep},
+        gate={**plan.gate, Axis.HIDDEN: torch.ones(len(keep))},
+        maps=oblique.maps(size),
+    )
+
+
+def _neighbours(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
     scores, gate = scores_and_gates(masks)
     best = allocate_scores(scores, gate, problem)
     yield best
@@ -75,7 +110,10 @@ def _near(
 
 
 def choose(
-    masks: VIBMasks, problem: Problem, loss: Callable[[PrunePlan], float]
+    masks: VIBMasks,
+    problem: Problem,
+    loss: Callable[[PrunePlan], float],
+    oblique: ObliqueBasis | None = None,
 ) -> tuple[PrunePlan, float]:
     """The candidate of lowest loss, and that loss.
 
@@ -83,10 +121,12 @@ def choose(
         masks: trained masks.
         problem: model, budget, rounding and layout.
         loss: of the hard-masked network, lower is better.
+        oblique: of the stream, where the family allows another basis.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    losses = ((loss(plan), number, plan) for number, plan in enumerate(candidates(masks, problem)))
+    plans = enumerate(candidates(masks, problem, oblique))
+    losses = ((loss(plan), number, plan) for number, plan in plans)
     least, _, plan = min(losses, key=lambda entry: entry[:2])
     return plan, least

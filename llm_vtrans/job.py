@@ -23,7 +23,7 @@ from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Cost, mac_cost
-from llm_vtrans.candidates import candidates, choose
+from llm_vtrans.candidates import choose
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
@@ -35,9 +35,11 @@ from llm_vtrans.manifest import (
     dtype_name,
     figures,
     plan_tensors,
+    saved_plan,
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.oblique import oblique_basis
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
     dense_params,
@@ -79,7 +81,7 @@ from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
-KEEP, SCORE = "keep.", "score."  # prefixes of tensors on disk
+SCORE = "score."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
 
@@ -333,13 +335,28 @@ class Job:
             if self.saved is not None:
                 self._recall(extra_tensors(self.saved[1]))
                 return
+            oblique = None
+            if self.uses_rotation:
+                batches = self._first_batches(ROTATION_WINDOWS)
+                oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
             loss = self._plan_loss()
-            self.plan = self._choose(self.problem, loss)
-            self.perplexity["hardened"] = self._masked_perplexity(self.plan)
+
+            def best(problem: Problem, name: str) -> PrunePlan:
+                plan, _ = choose(self.masks, problem, loss, oblique)
+                self._use(plan)
+                self.perplexity[name] = self._heldout(self.masked.model)
+                return replace(plan, basis=self.head_basis)
+
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                plan = self._choose(other, loss)
-                self.perplexity["other_layout"] = self._masked_perplexity(plan)
+                best(other, "other_layout")
+            self.plan = best(self.problem, "hardened")
+            self.masked.set_gates(None)
+
+    def _use(self, plan: PrunePlan) -> None:
+        """Makes the network what a plan makes of it, until gates or maps are set again."""
+        self.tuning.start(plan.maps)
+        self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
 
     def _plan_loss(self) -> Callable[[PrunePlan], float]:
         """Distillation loss of a plan's hard-masked network on a few training batches."""
@@ -348,34 +365,25 @@ class Job:
 
         @torch.no_grad()
         def loss(plan: PrunePlan) -> float:
-            self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
+            self._use(plan)
             pairs = zip(batches, taught, strict=True)
             return sum(float(self.distillation.loss(*pair)) for pair in pairs)
 
         return loss
-
-    def _choose(self, problem: Problem, loss: Callable[[PrunePlan], float]) -> PrunePlan:
-        """The candidate of least loss."""
-        plan, _ = choose(self.masks, problem, loss)
-        self.masked.set_gates(None)
-        return replace(plan, basis=self.head_basis)
 
     def _found(self) -> dict[str, Tensor]:
         """What a run that is resumed in the last stage must know of those before.
 
         The network has changed by then, so it can neither choose nor measure again.
         """
-        keep = {KEEP + name: keep.to(torch.uint8) for name, keep in self.plan.keep.items()}
         scores = {
             SCORE + n: torch.tensor(x, dtype=torch.float64) for n, x in self.perplexity.items()
         }
-        return {**self.masks.state_dict(), **keep, **scores}
+        return {**self.masks.state_dict(), **plan_tensors(self.plan), **scores}
 
     def _recall(self, found: dict[str, Tensor]) -> None:
         """Takes plan and scores from a saved state."""
-        for plan in candidates(self.masks, self.problem):
-            if all(kept.equal(found[KEEP + name].bool()) for name, kept in plan.keep.items()):
-                self.plan = replace(plan, basis=self.head_basis)
+        self.plan = replace(saved_plan(found), basis=self.head_basis)
         self.perplexity = {
             n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
         }
@@ -390,7 +398,9 @@ class Job:
         )
         with self.reporter.phase("tune"):
             self._train(objective, {**self._rotation(), **self._found()})
-            self.perplexity["tuned"] = self._masked_perplexity(self.plan)
+            self.masked.set_gates(self._hard_gates(self.plan))
+            self.perplexity["tuned"] = self._heldout(self.masked.model)
+            self.masked.set_gates(None)
 
     def _rotation(self) -> dict[str, Tensor]:
         return {} if self.rotation is None else {"rotation": self.rotation}
@@ -436,12 +446,6 @@ class Job:
     def _hard_gates(self, plan: PrunePlan) -> dict[str, Tensor]:
         return {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
 
-    def _masked_perplexity(self, plan: PrunePlan) -> float:
-        self.masked.set_gates(self._hard_gates(plan))
-        perplexity = self._heldout(self.masked.model)
-        self.masked.set_gates(None)
-        return perplexity
-
     def _heldout(self, model: Any) -> float:
         return self.data.evaluate(model, self.args.batch_size)[self.data.headline]
 
@@ -472,7 +476,12 @@ class Job:
             )  # fmt: skip
             write_masks(
                 folder,
-                self.masks.state_dict() | plan_tensors(self.plan, self.rotation, self.tuning),
+                {
+                    **self.masks.state_dict(),
+                    **plan_tensors(self.plan),
+                    **self._rotation(),
+                    **{f"tuned.{name}": t for name, t in self.tuning.state_dict().items()},
+                },
                 self.source.checkpoint.sha256,
             )
         return hashes

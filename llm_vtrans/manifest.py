@@ -15,15 +15,15 @@ from torch import Tensor
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
-from llm_vtrans.head_basis import PREFIX
+from llm_vtrans.head_basis import PREFIX, HeadBasis
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
 from llm_vtrans.redaction import redact
 from llm_vtrans.reporting import table
-from llm_vtrans.tuning import Tuning
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
 RECIPE_FILE = "recipe.yaml"
+KEEP, GATE = "keep.", "gate."  # prefixes of a plan's tensors on disk
 
 
 def kept_units(shape: Shape) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str)
 
     Args:
         folder: to write into.
-        tensors: `mu.*` and `log_var.*` of every structure, and of the plan and its tuning what
-            `plan_tensors` gives.
+        tensors: `mu.*` and `log_var.*` of every structure, the plan's (`plan_tensors`), the
+            rotation and the tuning.
         source_sha256: identity of the dense checkpoint.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -57,14 +57,26 @@ def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str)
     atomic_write_bytes(folder / MASKS_FILE, save(tensors, {"source": source_sha256}))
 
 
-def plan_tensors(plan: PrunePlan, rotation: Tensor | None, tuning: Tuning) -> dict[str, Tensor]:
-    """What `masks.safetensors` keeps of a plan and its tuning beside what the search found."""
-    tensors = {f"keep.{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
-    tensors |= {f"tuned.{name}": tensor for name, tensor in tuning.state_dict().items()}
+def plan_tensors(plan: PrunePlan) -> dict[str, Tensor]:
+    """A plan by names, for a file of tensors; `saved_plan` reads it."""
+    tensors = {f"{KEEP}{name}": keep.to(torch.uint8) for name, keep in plan.keep.items()}
+    # Copies: a gate may be the very `mu` that goes into the same file.
+    tensors |= {f"{GATE}{name}": gate.clone() for name, gate in plan.gate.items()}
     if plan.head_dim is not None and plan.basis is not None:
         kept = {role: maps[:, :, : plan.head_dim] for role, maps in plan.basis.maps.items()}
         tensors |= {f"{PREFIX}{role}": maps.contiguous() for role, maps in kept.items()}
-    return tensors if rotation is None else {**tensors, "rotation": rotation}
+    return tensors
+
+
+def saved_plan(tensors: Mapping[str, Tensor]) -> PrunePlan:
+    """The plan among the tensors of a file; of the heads' basis, what was kept."""
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    basis = HeadBasis.saved(tensors)
+    keep = {name: keep.bool() for name, keep in under(KEEP).items()}
+    return PrunePlan(keep, under(GATE), None if basis is None else basis.width, basis)
 
 
 def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ The weights stay frozen, and nothing is left over at run time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ class Tuning(nn.Module):
     def map(self, name: str) -> Tensor | None:
         """Map of what is written or read, `(hidden_size, hidden_size)`."""
         return self.maps.get(name) if self.is_on else None
+
+    @torch.no_grad()
+    def start(self, maps: Mapping[str, Tensor] | None) -> None:
+        """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them.
+
+        Args:
+            maps: what `map` gives until training changes it; None for the identity, and not to act.
+        """
+        self.is_on = maps is not None
+        for name, parameter in self.maps.items():
+            parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[name])
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
         """The stream's directions, maps and rotation in one; None if it was not rotated.

@@ -16,10 +16,8 @@ from typing import Any
 from safetensors import safe_open
 
 from eval.baselines.interface import Case, Pruned, load_pruned
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.budget import complete
 from llm_vtrans.export import Pruning
-from llm_vtrans.manifest import MASKS_FILE
+from llm_vtrans.manifest import MASKS_FILE, saved_plan
 from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.prune import prune
 from llm_vtrans.reporting import versions
@@ -87,9 +85,7 @@ def read_pruning(case: Case, result: Path) -> Pruning:
     architecture, basis = case.source.architecture, saved.get("rotation")
     if basis is not None:
         architecture = rotated_architecture(architecture)
-    gate = {n.removeprefix("mu."): t for n, t in saved.items() if n.startswith("mu.")}
-    keep = {n.removeprefix("keep."): t.bool() for n, t in saved.items() if n.startswith("keep.")}
-    plan = PrunePlan(keep, complete(gate, architecture))
+    plan = saved_plan(saved)
     tuning = Tuning(architecture, basis is not None)
     tuning.load_state_dict({n: saved[f"tuned.{n}"] for n in tuning.state_dict()})
     return Pruning(

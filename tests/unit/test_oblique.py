@@ -1,0 +1,74 @@
+"""The oblique basis: the projector of least loss, and what observes the network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.loading import load_model, open_source
+from llm_vtrans.oblique import RIDGE, ObliqueBasis, oblique_basis
+from llm_vtrans.tuning import READ, WRITE
+from tests.tiny import VOCAB_SIZE, save_tiny
+
+WIDTH = 12
+
+
+def random_moment(generator: torch.Generator) -> Tensor:
+    root = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator)
+    moment = root @ root.T
+    return moment / moment.diagonal().mean()
+
+
+def loss(basis: ObliqueBasis, projector: Tensor) -> float:
+    rest = torch.eye(WIDTH, dtype=torch.float64) - projector
+    fisher = basis.fisher + RIDGE * torch.eye(WIDTH)
+    return float((fisher @ rest @ basis.inputs @ rest.T).trace())
+
+
+@given(st.integers(0, 2**31), st.integers(1, WIDTH))
+def test_least_loss(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = ObliqueBasis(random_moment(generator), random_moment(generator))
+    maps = basis.maps(size)
+    write, read = maps[WRITE][:size].double(), maps[READ][:, :size].double()
+    projector = read @ write
+    torch.testing.assert_close(projector @ projector, projector, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read.T @ read, torch.eye(size).double(), rtol=0, atol=1e-5)
+    least = loss(basis, projector)
+    _, vectors = torch.linalg.eigh(basis.inputs)
+    principal = vectors[:, -size:]
+    assert least <= loss(basis, principal @ principal.T) + 1e-5
+    for _ in range(5):  # no other projector of this rank, near by or far, loses less
+        for distance in (0.01, 1.0):
+            shift = torch.randn(WIDTH, size, dtype=torch.float64, generator=generator)
+            other = read + distance * shift
+            assert least <= loss(basis, other @ torch.linalg.pinv(other)) + 1e-5
+            assert least <= loss(basis, other @ torch.linalg.inv(write @ other) @ write) + 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_observed_moments(tmp_path: Path, family: str) -> None:
+    save_tiny(family, tmp_path)
+    source = open_source(str(tmp_path))
+    model = load_model(source, torch.float32, torch.device("cpu"))
+    masked = MaskedModel(model, source.architecture)
+    seen: list[Tensor] = []
+    norm = model.get_submodule(source.architecture.final_norm.removesuffix(".weight"))
+    tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
+    basis = oblique_basis(masked, source.architecture, [{"input_ids": tokens}], 0)
+    again = oblique_basis(masked, source.architecture, [{"input_ids": tokens}], 0)
+    assert basis is not None and again is not None
+    assert torch.equal(basis.fisher, again.fisher)
+    for moment in (basis.inputs, basis.fisher):
+        assert float(moment.diagonal().mean()) == pytest.approx(1)
+        assert float(torch.linalg.eigvalsh(moment).min()) > -1e-6
+        assert int(torch.linalg.matrix_rank(moment)) > 1
+    # Nothing is left on the network.
+    handle = norm.register_forward_hook(lambda _, __, output: seen.append(output))
+    masked(tokens)
+    handle.remove()
+    assert not seen[0].requires_grad and len(norm._forward_hooks) <= 1
