@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_vtrans.report.charts import bar_chart, data_table, figure, heat_map, number
+from llm_vtrans.report.charts import bar_chart, heat_map
+from llm_vtrans.report.drawing import data_table, figure, number
 from llm_vtrans.report.page import charts, page
 
 NUM_BINS = 10
 LEAST_DRAWN = 0.03  # of a query's attention: thinner lines only blacken the picture
+LONGEST = 13  # characters of a token beside a line
 ROW = 17  # height of a token, in SVG units
 NAMES = {
     "special": "special or sink tokens",
@@ -31,7 +33,7 @@ def probe_section(probe: dict[str, Any]) -> str:
         + charts(*(distribution(probe, c) for c in shown(probe) if probe["tests"]))
         + "<h3>Example sentences</h3>"
         "<p>Queries left, keys right; a line's width is the attention weight. Keywords are bold, "
-        "special tokens boxed. The heads are those of the strongest and of the weakest "
+        "special tokens in brackets. The heads are those of the strongest and of the weakest "
         "signal-to-noise ratio among the kept and the pruned, not picked by their pictures.</p>"
         + charts(*(sentence(probe, e) for e in probe["examples"]))
     )
@@ -130,7 +132,9 @@ def sentence(probe: dict[str, Any], example: dict[str, Any]) -> str:
                     f'data-label="{escape(label)}"><title>{escape(label)}</title></path>'
                 )
     for i, token in enumerate(tokens):
-        text = f"[{token['text']}]" if token["is_special"] else token["text"]
+        text = token["text"]
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+        text = f"[{text}]" if token["is_special"] else text
         style = ' style="font-weight:700"' if token["is_keyword"] else ""
         for x, anchor in ((95, "end"), (265, "start")):
             parts.append(

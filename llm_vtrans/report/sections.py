@@ -6,7 +6,8 @@ import math
 from html import escape
 from typing import Any
 
-from llm_vtrans.report.charts import Series, bar_chart, data_table, number, xy_chart
+from llm_vtrans.report.charts import bar_chart, xy_chart
+from llm_vtrans.report.drawing import Series, data_table, number
 from llm_vtrans.report.page import charts, text_table
 from llm_vtrans.report.record import RunRecord
 
@@ -21,8 +22,8 @@ def headline_rows(record: RunRecord) -> list[tuple[str, float, float, str]]:
         ("parameters", manifest["params"]["before"], manifest["params"]["after"], "lower")
     ]
     if macs := manifest.get("macs"):
-        name = f"MACs for {macs['seq_len']} tokens"
-        rows.append((name, macs["before"], macs["after"], "lower"))
+        name = f"MACs for {macs['seq_len']} tokens, G"
+        rows.append((name, macs["before"] / 1e9, macs["after"] / 1e9, "lower"))
     if size := manifest.get("bytes"):
         rows.append(("checkpoint, MB", size["before"] / 1e6, size["after"] / 1e6, "lower"))
     for name, pair in (manifest.get("latency") or {}).items():
@@ -74,7 +75,7 @@ def headline(record: RunRecord) -> str:
     )
     protocol = record.manifest.get("perplexity", {}).get("protocol", "")
     note = f"<p class=note>Perplexity: {escape(protocol)}.</p>" if protocol else ""
-    return f"<div class=scroll>{table}</div>{note}{charts(bars)}"
+    return f'<div class="scroll headline">{table}</div>{note}{charts(bars)}'
 
 
 def training(record: RunRecord) -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.report.build import comparison_page, run_page
-from llm_vtrans.report.charts import Series, bar_chart, heat_map, number, xy_chart
+from llm_vtrans.report.charts import bar_chart, heat_map, xy_chart
 from llm_vtrans.report.command import report
+from llm_vtrans.report.drawing import Series, number
 from llm_vtrans.report.record import RunRecord, comparison_rows
 
 EVIL = '<script>alert("x")</script>'
@@ -44,6 +45,29 @@ def write_run(folder, name="dense"):
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
     return folder
+
+
+def add_probe(folder, num_layers=12, num_heads=12):
+    """What `llm-vtrans probe` leaves: every second head pruned, two heads drawn."""
+    categories = ["special", "current", "previous", "next", "keywords"]
+    shares = [[[(i + j + c) % 7 / 10 for c in range(5)] for j in range(num_heads)]
+              for i in range(num_layers)]  # fmt: skip
+    kept = [[(i + j) % 2 == 0 for j in range(num_heads)] for i in range(num_layers)]
+    test = {"kept": 0.3, "pruned": 0.2, "cohens_d": 0.5, "cliffs_delta": 0.25, "p_value": 0.01,
+            "p_within_layers": None, "p_holm": 0.5, "spearman": 0.1, "p_spearman": 0.4}  # fmt: skip
+    words = ("extraordinarily", "long", "words", EVIL)
+    tokens = [{"text": w, "is_special": w == "long", "is_keyword": w == "words"} for w in words]
+    weights = [[1.0 if q == k else 0.0 for k in range(4)] for q in range(4)]
+    drawn = {"layer": 0, "head": 1, "shares": [0.1] * 5, "tokens": tokens, "weights": weights}
+    probe = {
+        "model": "dense", "run": "run", "protocol": "Attention.", "unit_name": "attention heads",
+        "categories": categories, "even": [0.1] * 5, "shares": shares, "heads_kept": kept,
+        "unit_shares": shares, "units_kept": kept, "signal": [[0.0]],
+        "tests": dict.fromkeys(categories, test),
+        "examples": [{**drawn, "is_kept": is_kept} for is_kept in (True, False)],
+    }  # fmt: skip
+    (folder / "probe").mkdir()
+    (folder / "probe" / "probe.json").write_text(json.dumps(probe))
 
 
 class Balanced(HTMLParser):
