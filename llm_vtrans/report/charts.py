@@ -14,7 +14,6 @@ from html import escape
 
 from llm_vtrans.report.drawing import (
     BOTTOM,
-    DASHES,
     HEIGHT,
     LEFT,
     NUM_STYLES,
@@ -24,6 +23,7 @@ from llm_vtrans.report.drawing import (
     Series,
     axis,
     bar_legend,
+    dash_of,
     data_table,
     figure,
     frame,
@@ -72,7 +72,7 @@ def xy_chart(
         style = s.style or 0
         if s.is_line:
             path = " ".join(f"{scale_x(x):.1f},{scale_y(y):.1f}" for x, y in s.points)
-            dash = f' stroke-dasharray="{DASHES[style % NUM_STYLES]}"' if style else ""
+            dash = dash_of(style)
             parts.append(f'<polyline class="line s{style % NUM_STYLES}" points="{path}"{dash}/>')
         every = max(1, len(shown.points) // 8) if s.is_line else 1
         for index, (x, y) in enumerate(shown.points):

@@ -9,9 +9,9 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 230  # of the drawing, in SVG units: about pixels on a phone
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
-DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5", "12 6")
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")  # one fewer than markers: 30 pairs
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "bar")
-NUM_STYLES = len(DASHES)
+NUM_STYLES = len(MARKERS)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,12 @@ def _short(value: float) -> str:
     return f"{round(value, 10):.4g}"
 
 
+def dash_of(style: int) -> str:
+    """Attribute of a line's dashes."""
+    dashes = DASHES[style % len(DASHES)]
+    return f' stroke-dasharray="{dashes}"' if dashes else ""
+
+
 def marker(x: float, y: float, style: int, label: str, is_drawn: bool) -> str:
     """A point's symbol; points that would clutter a line show only when they are reached."""
     kind = MARKERS[style % NUM_STYLES]
@@ -194,7 +200,7 @@ def legend(series: Sequence[Series]) -> str:
     items = []
     for name, s in seen.items():
         style = (s.style or 0) % NUM_STYLES
-        dash = f' stroke-dasharray="{DASHES[style]}"' if style else ""
+        dash = dash_of(s.style or 0)
         line = f'<path class="line s{style}" d="M1 7H29"{dash}/>' if s.is_line else ""
         symbol = f'<path class="point s{style}" d="{_symbol(MARKERS[style], 15, 7, 4)}"/>'
         items.append(

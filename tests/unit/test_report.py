@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+from eval.comparison.report import Figure, Row, write
 from llm_vtrans.errors import UserError
 from llm_vtrans.report.build import comparison_page, run_page
 from llm_vtrans.report.charts import bar_chart, heat_map, xy_chart
 from llm_vtrans.report.command import report
 from llm_vtrans.report.drawing import Series, number
-from llm_vtrans.report.record import RunRecord, comparison_rows
+from llm_vtrans.report.record import RunRecord
 
 EVIL = '<script>alert("x")</script>'
 
@@ -28,6 +29,8 @@ def manifest(name="dense"):
         "parts": {"embeddings": {"before": 400, "after": 300}, "ffn": {"before": 6, "after": 2}},
         "layout": "per-layer",
         "perplexity": {"dense": 10.0, "pruned": 12.5, "protocol": f"windows of {name}"},
+        "headline": "perplexity",
+        "scores": {"dense": {"perplexity": 10.0}, "pruned": {"perplexity": 12.5}},
         "settings": {"log_every": 2},
         "command": f"llm-vtrans prune --model {name}",
         "phases": {"train": {"seconds": 1.0, "peak_rss": 2**30, "peak_device": 0}},
@@ -114,8 +117,7 @@ def test_one_file_that_needs_nothing_else(tmp_path):
 def test_names_from_outside_are_escaped(tmp_path, place):
     folder = write_run(tmp_path / "run", EVIL if place == "model" else "dense")
     if place == "comparison":
-        rows = [{"method": EVIL, "num_params": 5, "perplexity": {EVIL: 3.0}}]
-        (folder / "compare.json").write_text(json.dumps(rows))
+        comparison(EVIL, folder=folder / "compare")
     if place == "scores":
         metric = {"higher_is_better": True, "dense": {"value": 0.5}, "pruned": {"value": 0.4}}
         content = {"results": {EVIL: {"metrics": {"acc": metric}}}}
@@ -126,18 +128,68 @@ def test_names_from_outside_are_escaped(tmp_path, place):
     assert len(re.findall("<script", html)) == 1
 
 
-def test_comparison_rows_of_either_form():
-    new = {"method": "flap", "sparsity": 0.5, "num_params": 7, "perplexity": {"wiki": 3.5}}
-    detailed = {**new, "perplexity": {"wiki": {"value": 4.5, "stderr": 0.1}}}
-    old = {"method": "random", "layout": "stock", "parameters": "1,234", "test": "61.20"}
-    incomplete = [{"method": "x"}, {"method": "y", "num_params": 3, "perplexity": {}}, 5]
-    rows = list(comparison_rows([new, detailed, old, *incomplete]))
-    assert [(r.method, r.num_params, dict(r.perplexity)) for r in rows] == [
-        ("flap", 7, {"wiki": 3.5}),
-        ("flap", 7, {"wiki": 4.5}),
-        ("random (stock)", 1234, {"test": 61.2}),
+def comparison(*methods, folder):
+    """What eval/compare.py writes: each method at two sizes, one budget out of reach."""
+    rows = [
+        Row(method, "stock", recovery, sparsity, 1,
+            {"ppl wiki": Figure(9.0 + i + 10 * sparsity, None), "excess wiki": Figure(0.1, None),
+             "num_params": Figure(1000 * (1 - sparsity), None), "seconds": Figure(1.0, None)})
+        for i, method in enumerate(methods) for recovery in ("none", "least-squares")
+        for sparsity in (0.2, 0.5)
+    ]  # fmt: skip
+    dense = Row("dense", "-", "none", 0.0, 1, {"ppl wiki": Figure(8.0, None),
+                                               "num_params": Figure(1000, None)})  # fmt: skip
+    folder.mkdir(parents=True)
+    out_of_reach = Row("flap", "stock", "none", 0.99, 0, {}, "unreachable")
+    write([dense, *rows, out_of_reach], "windows", {}, folder)
+
+
+@pytest.mark.parametrize("place", ["run/compare", "named"])
+def test_quality_against_size_of_a_real_comparison(tmp_path, place):
+    run = write_run(tmp_path / "run")
+    methods = ("ours", "random", "magnitude", EVIL)
+    comparison(*methods, folder=tmp_path / place)
+    named = tmp_path / "named" / "table.json" if place == "named" else None
+    record = RunRecord.read(run, comparison=named)
+    assert [(r.method, r.num_params, dict(r.perplexity)) for r in record.comparison][:3] == [
+        ("dense", 1000, {"wiki": 8.0}),
+        ("ours", 800, {"wiki": 11.0}),
+        ("ours", 500, {"wiki": 14.0}),
     ]
-    assert list(comparison_rows({"protocol": "x", "rows": [new]})) == rows[:1]
+    assert "ours, least-squares" in {r.method for r in record.comparison}
+    html = run_page(record, "run")
+    parsed(html)
+    assert "Perplexity on wiki against size" in html and EVIL not in html
+    keys = re.findall(r"<li><svg width=30 [^>]*>(.*?)</svg>", html[html.index("on wiki") :])[:9]
+    assert len(keys) == len(set(keys)) == 9  # nine series, told apart without colours too
+    shapes = {re.sub(r'class="[^"]*"', "", key) for key in keys}
+    assert len(shapes) == 9
+
+
+@pytest.mark.parametrize("content", [[], {}, {"rows": [5, {"method": "x"}]}, {"rows": 3}])
+def test_a_comparison_that_is_none_leaves_the_section_out(tmp_path, content):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    record = RunRecord.read(run, comparison=tmp_path / "table.json")
+    assert record.comparison == () and "against size" not in run_page(record, "run")
+
+
+def test_headline_of_a_task_model(tmp_path):
+    run = write_run(tmp_path / "run")
+    content = json.loads((run / "vtrans.json").read_text())
+    del content["perplexity"]
+    content["score"] = {"dense": 0.9, "hardened": 0.7, "pruned": 0.85, "protocol": "accuracy of x"}
+    content["headline"] = "accuracy"
+    content["scores"] = {"dense": {"accuracy": 0.9, "f1": 0.8}, "pruned": {"accuracy": 0.85,
+                                                                          "f1": 0.75}}  # fmt: skip
+    content["latency"] = {"ms for 8 tokens": {"dense": 4.0, "pruned": 2.5}}
+    (run / "vtrans.json").write_text(json.dumps(content))
+    html = run_page(RunRecord.read(run), "run")
+    assert "accuracy 0.900 to 0.850" in html and "higher is better" in html
+    assert "0.750" in html and "accuracy of x" in html
+    assert "hard masks on the dense model</th><td>0.7" in html
+    assert "latency, ms for 8 tokens" in html and "0.625" in html
+    assert "perplexity" not in html.split("<script>")[0].lower()
 
 
 def test_charts_leave_out_what_cannot_be_drawn():
