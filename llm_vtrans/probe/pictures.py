@@ -30,7 +30,7 @@ def probe_section(probe: dict[str, Any]) -> str:
         f"<p>{escape(probe['protocol'])}</p>"
         + figures_table(probe)
         + charts(*(heat(probe, c) for c in shown(probe)))
-        + charts(*(distribution(probe, c) for c in shown(probe) if probe["tests"]))
+        + charts(*(distribution(probe, c) for c in shown(probe) if is_mixed(probe)))
         + "<h3>Example sentences</h3>"
         "<p>Queries left, keys right; a line's width is the attention weight. Keywords are bold, "
         "special tokens in brackets. The heads are those of the strongest and of the weakest "
@@ -52,22 +52,22 @@ def shown(probe: dict[str, Any]) -> list[str]:
 
 
 def figures_table(probe: dict[str, Any]) -> str:
-    """Means, effect sizes and p-values; without pruned heads only the means."""
+    """Means, effect sizes and p-values; where all were kept only the rank correlations."""
     units = probe["unit_name"]
-    if not probe["tests"]:
-        return f"<p>Every {escape(units)} was kept, or none: there is nothing to compare.</p>"
     rows = []
     for index, category in enumerate(probe["categories"]):
         if category not in shown(probe):
             continue
         test = probe["tests"][category]
-        within = test["p_within_layers"]
+
+        def show(name: str, form: str = ".4f", test: dict[str, Any] = test) -> str:
+            return "—" if test[name] is None else f"{test[name]:{form}}"
+
         rows.append(
-            (NAMES[category], *(number(test[k]) for k in ("kept", "pruned")),
-             number(probe["even"][index]), f"{test['cohens_d']:+.2f}",
-             f"{test['cliffs_delta']:+.2f}", f"{test['p_value']:.4f}", f"{test['p_holm']:.4f}",
-             "—" if within is None else f"{within:.4f}", f"{test['spearman']:+.2f}",
-             f"{test['p_spearman']:.4f}")
+            (NAMES[category], show("kept"), show("pruned"),
+             f"{probe['even'][index]:.4f}", show("cohens_d", "+.2f"), show("cliffs_delta", "+.2f"),
+             show("p_value"), show("p_holm"), show("p_within_layers"), show("spearman", "+.2f"),
+             show("p_spearman"))
         )  # fmt: skip
     header = ("share of attention on", "kept", "pruned", "if spread evenly", "Cohen's d",
               "Cliff's delta", "p", "p (Holm)", "p within layers", "Spearman with signal",
@@ -78,8 +78,16 @@ def figures_table(probe: dict[str, Any]) -> str:
         f"<div class=scroll>{data_table(header, rows)}</div>"
         f"<p class=note>{escape(count)}. p: two-sided permutation tests; Holm: corrected for the "
         "categories; within layers: labels exchanged inside a layer only. Positive effect sizes: "
-        "kept heads look there more.</p>"
+        "kept heads look there more. The signal is the "
+        "mask's signal-to-noise ratio: a positive correlation says that the masks value heads "
+        "which look there.</p>"
     )
+
+
+def is_mixed(probe: dict[str, Any]) -> bool:
+    """Whether there are both kept and pruned units."""
+    kept = np.array(probe["units_kept"])
+    return bool(kept.any() and not kept.all())
 
 
 def heat(probe: dict[str, Any], category: str) -> str:
