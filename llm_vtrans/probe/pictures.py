@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import Any
 
@@ -111,7 +112,8 @@ def distribution(probe: dict[str, Any], category: str) -> str:
     for name, chosen in (("kept", shares[kept]), ("pruned", shares[~kept])):
         counts = np.histogram(chosen, edges)[0]
         series.append((name, [100.0 * int(n) / max(len(chosen), 1) for n in counts]))
-    labels = [f"{edge:.2f}" for edge in edges[:-1]]
+    decimals = max(2, 1 - math.floor(math.log10(edges[1])))  # so that neighbours differ
+    labels = [f"{edge:.{decimals}f}" for edge in edges[:-1]]
     return bar_chart(
         f"Attention on {NAMES[category]}: kept against pruned", "share of attention, from",
         "% of units", labels, series,

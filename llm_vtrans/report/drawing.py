@@ -91,6 +91,7 @@ def axis(
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
     step = _round_step((high - low) / 4)
     if is_tight:
+        low, high = low - 0.02 * (high - low), high + 0.02 * (high - low)  # room for markers
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         ticks = [i * step for i in range(first, last + 1)]
         return lambda v: start + (v - low) / (high - low) * (end - start), ticks

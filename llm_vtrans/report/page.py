@@ -15,7 +15,8 @@ h2{font-size:1.2rem;border-bottom:2px solid var(--ink);margin:2rem 0 .8rem;paddi
 h3{font-size:1rem;margin:1rem 0 .4rem}
 p{max-width:60rem}.lead{font-size:1.1rem}.note{color:var(--soft);font-size:.85rem;margin:.3rem 0}
 a{color:var(--accent)}nav ul{display:flex;flex-wrap:wrap;gap:.3rem 1rem;list-style:none;padding:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem;
+ margin-bottom:1rem}
 .wide{grid-column:1/-1}
 figure{margin:0;padding:.7rem;background:var(--panel);border:1px solid var(--rule);min-width:0}
 figcaption{font-weight:600}
@@ -39,7 +40,7 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 th,td{border-bottom:1px solid var(--rule);padding:.25rem .7rem;text-align:right;vertical-align:top;
  white-space:nowrap}
 th[scope=row],th:first-child{text-align:left;font-weight:500}
-th[scope=row]{white-space:normal}.text th[scope=row]{white-space:nowrap}
+th[scope]{white-space:normal}.text th[scope=row]{white-space:nowrap}
 table.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:40rem){table{font-size:.82rem}th,td{padding:.25rem .2rem}
  .headline tr>:last-child{display:none}}

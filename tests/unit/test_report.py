@@ -4,10 +4,12 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from eval.comparison.report import Figure, Row, write
 from llm_vtrans.errors import UserError
+from llm_vtrans.probe.pictures import distribution
 from llm_vtrans.report.build import comparison_page, run_page
 from llm_vtrans.report.charts import bar_chart, heat_map, xy_chart
 from llm_vtrans.report.command import report
@@ -164,6 +166,17 @@ def test_quality_against_size_of_a_real_comparison(tmp_path, place):
     assert len(keys) == len(set(keys)) == 9  # nine series, told apart without colours too
     shapes = {re.sub(r'class="[^"]*"', "", key) for key in keys}
     assert len(shapes) == 9
+
+
+@pytest.mark.parametrize("top", [1.0, 0.02])
+def test_bars_of_small_shares_have_names_of_their_own(tmp_path, top):
+    run = write_run(tmp_path / "run")
+    add_probe(run)
+    probe = json.loads((run / "probe" / "probe.json").read_text())
+    probe["unit_shares"] = (np.array(probe["unit_shares"]) * top).tolist()
+    html = distribution(probe, "special")
+    names = re.findall(r"<tr><th scope=row>([^<]*)", html)
+    assert len(names) == len(set(names)) == 10
 
 
 @pytest.mark.parametrize("content", [[], {}, {"rows": [5, {"method": "x"}]}, {"rows": 3}])
