@@ -60,6 +60,7 @@ def finetune_first(args: PruneArguments) -> PruneArguments:
 def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
     """Trains all weights on the task's own loss; returns the scores."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
     reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
     if is_partitioned(accelerator):
