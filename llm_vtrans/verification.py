@@ -183,7 +183,7 @@ def check_loads(subject: Subject) -> Iterator[str]:
 
 
 def check_perplexity(subject: Subject) -> Iterator[str]:
-    """Perplexity, or a task's own score, on the run's held-out data is what the manifest states.
+    """Perplexity, or a task's scores, on the run's held-out data are what the manifest states.
 
     Raises:
         Skipped: the text is not to be had here, or the run measured something else.
@@ -197,13 +197,17 @@ def check_perplexity(subject: Subject) -> Iterator[str]:
     digest = entry.get("windows_sha256")
     if digest is not None and digest != windows_sha256(task.heldout.tensors["input_ids"]):
         raise Skipped("the text found here is not the one that the run held out; see --data")
-    found = task.evaluate(subject.model, BATCH_SIZE)[task.headline]
+    found = task.evaluate(subject.model, BATCH_SIZE)
+    scores = manifest.get("scores", {}).get("pruned", {})
+    claims = [(task.headline, stated), *((name, scores[name]) for name in sorted(scores))]
     computed = manifest.get("computed_in", {"device": "cpu", "dtype": "float32"})
     dtype = str(subject.model.dtype).removeprefix("torch.")
     is_same = computed == {"device": "cpu", "dtype": dtype}
     tolerance = TOLERANCE if is_same else LOOSE_TOLERANCE
-    if not abs(found - stated) <= tolerance * abs(stated):
-        yield f"{found:.4f} measured, {stated:.4f} stated (tolerance {100 * tolerance:g}%)"
+    for name, value in dict.fromkeys(claims):  # the headline stands in both places
+        if not abs(found[name] - value) <= tolerance * abs(value):
+            figures = f"{found[name]:.4f} measured, {value:.4f} stated"
+            yield f"{name}: {figures} (tolerance {100 * tolerance:g}%)"
 
 
 class Skipped(Exception):

@@ -100,6 +100,7 @@ def edit(name, **changes):
         (edit("config.json", hidden_size=12), {"hashes", "shapes", "loads", "perplexity"}),
         (edit("vtrans.json", params__after=5), {"parameters"}),
         (edit("vtrans.json", perplexity__pruned=3.0), {"perplexity"}),
+        (edit("vtrans.json", scores__pruned__perplexity=3.0), {"perplexity"}),  # what tables show
     ],
 )
 def test_tampering_is_found(copy, tamper, expected):
