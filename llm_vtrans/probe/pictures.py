@@ -144,7 +144,8 @@ def sentence(probe: dict[str, Any], example: dict[str, Any]) -> str:
     for i, token in enumerate(tokens):
         text = token["text"]
         text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-        text = f"[{text}]" if token["is_special"] else text
+        is_bare = token["is_special"] and not text.startswith(("[", "<"))  # [CLS] has its own
+        text = f"[{text}]" if is_bare else text
         style = ' style="font-weight:700"' if token["is_keyword"] else ""
         for x, anchor in ((95, "end"), (265, "start")):
             parts.append(

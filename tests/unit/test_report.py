@@ -9,7 +9,7 @@ import pytest
 
 from eval.comparison.report import Figure, Row, write
 from llm_vtrans.errors import UserError
-from llm_vtrans.probe.pictures import distribution
+from llm_vtrans.probe.pictures import distribution, sentence
 from llm_vtrans.report.build import comparison_page, run_page
 from llm_vtrans.report.charts import bar_chart, heat_map, xy_chart
 from llm_vtrans.report.command import report
@@ -166,6 +166,15 @@ def test_quality_against_size_of_a_real_comparison(tmp_path, place):
     assert len(keys) == len(set(keys)) == 9  # nine series, told apart without colours too
     shapes = {re.sub(r'class="[^"]*"', "", key) for key in keys}
     assert len(shapes) == 9
+
+
+def test_special_tokens_have_one_pair_of_brackets(tmp_path):
+    add_probe(tmp_path)
+    probe = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    example = probe["examples"][0]
+    assert ">[long]</text>" in sentence(probe, example)
+    example["tokens"][1]["text"] = "[CLS]"
+    assert ">[CLS]</text>" in sentence(probe, example)
 
 
 @pytest.mark.parametrize("top", [1.0, 0.02])
