@@ -30,6 +30,7 @@ from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Architecture
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
+from llm_vtrans.latency import forward_ms
 from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
 from llm_vtrans.manifest import (
     dtype_name,
@@ -116,6 +117,7 @@ class Job:
     preemption: Preemption
     perplexity: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
     rotation: Tensor | None = None
     head_basis: HeadBasis | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
@@ -227,6 +229,7 @@ class Job:
         with self.reporter.phase("load"):
             dtype = torch.float32 if self.args.trains_weights else self.dtype
             model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
+        self._time("dense", model)  # before anything is hooked onto it
         if not self.args.trains_weights:
             self._connect(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
@@ -513,6 +516,16 @@ class Job:
             pruned.to(self.accelerator.device)
             self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
             self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
+            self._time("pruned", pruned)
+
+    def _time(self, name: str, model: PreTrainedModel) -> None:
+        """Times a pass of one sequence where both networks lie whole in one dtype and device."""
+        is_whole = self.args.load_in == FULL and not is_partitioned(self.accelerator)
+        if self.accelerator.is_main_process and is_whole and model.dtype == self.dtype:
+            example = self.data.heldout.take(torch.zeros(1, dtype=torch.long))
+            (batch,) = example.batches(1, self.accelerator.device)
+            measure = f"ms for {batch['input_ids'].numel()} tokens"
+            self.latency.setdefault(measure, {})[name] = forward_ms(model, inputs_of(batch))
 
     def summarise(self) -> None:
         """Prints the table of dense against pruned and where the result lies."""

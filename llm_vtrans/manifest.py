@@ -159,6 +159,10 @@ def figures(manifest: dict[str, Any]) -> str:
                 row(name.replace("_", "-"), before, scores["pruned"][name], "{:.3f}")
                 for name, before in scores["dense"].items()
             ),
+            *(
+                row(f"latency, {name}", pair["dense"], pair["pruned"], "{:.3f}")
+                for name, pair in manifest.get("latency", {}).items()
+            ),
             row("checkpoint MB", size["before"] / 1e6, size["after"] / 1e6, "{:.3f}"),
         ]
     )

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from llm_vtrans.job import Job
 
 RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
-    "source", "layout", "budget", "params", "macs", "bytes", "perplexity", "score", "kept",
-    "phases",
+    "source", "layout", "budget", "params", "macs", "bytes", "latency", "perplexity", "score",
+    "kept", "phases",
 )  # fmt: skip
 METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
 FREE_SETTINGS = {  # a resumed run may have others
@@ -127,6 +127,8 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
             "after": job.macs.of(shape),
             "seq_len": job.seq_len,
         },
+        # Of one sequence at a time; the ranks, a quantised base and other dtypes leave it out.
+        "latency": {n: t for n, t in job.latency.items() if {"dense", "pruned"} <= t.keys()},
         "bytes": {"before": source.checkpoint.num_bytes, "after": written.num_bytes},
         "budget": budgets[0],
         "also": budgets[1:],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -150,8 +151,11 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The arguments of this run, without the path of the program."""
-    return redact(" ".join(["llm-vtrans", "prune", *sys.argv[1:]]))
+    """What makes this run again, in words of a shell: the program's path gives way to its name."""
+    # As a script prune.py takes options alone; the console script's first word is the command.
+    arguments = sys.argv[1:]
+    command = [] if arguments and not arguments[0].startswith("-") else ["prune"]
+    return redact(shlex.join(["llm-vtrans", *command, *arguments]))
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

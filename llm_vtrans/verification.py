@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_vtrans.calibration import TextSource, calibrate
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
 from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.per_layer_modeling import auto_class_of
-from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.tasks import Task, make_task
 
 CHUNK = 2**20  # bytes hashed at a time
+BATCH_SIZE = 8  # sequences in a forward pass
 TOLERANCE = 1e-3  # of a perplexity measured again in the same dtype on the same kind of device
 LOOSE_TOLERANCE = 2e-2  # where dtype or device differ
 
@@ -182,47 +183,48 @@ def check_loads(subject: Subject) -> Iterator[str]:
 
 
 def check_perplexity(subject: Subject) -> Iterator[str]:
-    """Perplexity on the run's own held-out windows is what the manifest states.
+    """Perplexity, or a task's scores, on the run's held-out data are what the manifest states.
 
     Raises:
         Skipped: the text is not to be had here, or the run measured something else.
     """
     manifest = subject.manifest
-    stated = manifest.get("perplexity", {}).get("pruned")
+    entry = manifest.get("perplexity") or manifest.get("score") or {}
+    stated = entry.get("pruned")
     if stated is None:
         raise Skipped("the manifest states none")
-    windows = _heldout(subject)
-    digest = manifest["perplexity"].get("windows_sha256")
-    if digest is not None and digest != windows_sha256(windows):
+    task = _task(subject)
+    digest = entry.get("windows_sha256")
+    if digest is not None and digest != windows_sha256(task.heldout.tensors["input_ids"]):
         raise Skipped("the text found here is not the one that the run held out; see --data")
-    found = token_perplexity(subject.model, windows).value
+    found = task.evaluate(subject.model, BATCH_SIZE)
+    scores = manifest.get("scores", {}).get("pruned", {})
+    claims = [(task.headline, stated), *((name, scores[name]) for name in sorted(scores))]
     computed = manifest.get("computed_in", {"device": "cpu", "dtype": "float32"})
     dtype = str(subject.model.dtype).removeprefix("torch.")
     is_same = computed == {"device": "cpu", "dtype": dtype}
     tolerance = TOLERANCE if is_same else LOOSE_TOLERANCE
-    if not abs(found / stated - 1) <= tolerance:
-        yield f"{found:.4f} measured, {stated:.4f} stated (tolerance {100 * tolerance:g}%)"
+    for name, value in dict.fromkeys(claims):  # the headline stands in both places
+        if not abs(found[name] - value) <= tolerance * abs(value):
+            figures = f"{found[name]:.4f} measured, {value:.4f} stated"
+            yield f"{name}: {figures} (tolerance {100 * tolerance:g}%)"
 
 
 class Skipped(Exception):
     """A check that cannot run here; the text says why."""
 
 
-def _heldout(subject: Subject) -> torch.Tensor:
-    """The run's held-out windows `(num_windows, seq_len)`, cut anew from its text."""
+def _task(subject: Subject) -> Task:
+    """The run's task with its held-out examples, made anew from its data."""
     settings = subject.manifest["settings"]
-    seq_len = subject.manifest["macs"]["seq_len"]
-    source = TextSource(
-        subject.data or settings["data"],
-        settings.get("data_config"),
-        settings.get("data_split"),
-        settings.get("text_field"),
-    )
+    known = {f.name: settings[f.name] for f in fields(PruneArguments) if f.name in settings}
+    args = PruneArguments(**{**known, "data": subject.data or settings["data"]})
+    kind, seq_len = subject.manifest.get("task", "clm"), subject.manifest["macs"]["seq_len"]
     tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=False)
     try:
-        return calibrate(source, tokenizer, settings["samples"], seq_len, settings["seed"]).heldout
+        return make_task(args, kind, tokenizer, seq_len, args.samples)
     except UserError as error:
-        raise Skipped(f"the text is not here ({error})") from error
+        raise Skipped(f"the data is not here ({error})") from error
 
 
 def windows_sha256(windows: torch.Tensor) -> str:

@@ -137,11 +137,9 @@ def collect(
         )
     group = heads // kept.shape[1]
     units = shares.numpy().reshape(layers, kept.shape[1], group, -1).mean(2)
-    tests: dict[str, Any] = {}
-    if kept.any() and not kept.all():
-        seen = [i for i in range(len(CATEGORIES)) if units[..., i].any()]  # decoders: no `next`
-        names = [CATEGORIES[i] for i in seen]
-        tests = dict(zip(names, compare(units[..., seen], kept, signal), strict=True))
+    seen = [i for i in range(len(CATEGORIES)) if units[..., i].any()]  # decoders: no `next`
+    names = [CATEGORIES[i] for i in seen]
+    tests = dict(zip(names, compare(units[..., seen], kept, signal), strict=True))
     return {
         "model": args.model,
         "run": args.run.name,
@@ -217,14 +215,15 @@ def summary(result: dict[str, Any]) -> str:
         test = result["tests"].get(category)
         if test is None:
             continue
-        within = test["p_within_layers"]
+
+        def show(name: str, form: str = ".4f", test: dict[str, Any] = test) -> str:
+            return "-" if test[name] is None else f"{test[name]:{form}}"
+
         lines.append(
-            (category, f"{test['kept']:.4f}", f"{test['pruned']:.4f}",
-             f"{result['even'][index]:.4f}", f"{test['cohens_d']:+.2f}", f"{test['p_value']:.4f}",
-             f"{test['p_holm']:.4f}", "-" if within is None else f"{within:.4f}",
-             f"{test['spearman']:+.2f}", f"{test['p_spearman']:.4f}")
+            (category, show("kept"), show("pruned"), f"{result['even'][index]:.4f}",
+             show("cohens_d", "+.2f"), show("p_value"), show("p_holm"), show("p_within_layers"),
+             show("spearman", "+.2f"), show("p_spearman"))
         )  # fmt: skip
-    head = result["protocol"]
-    if len(lines) == 1:
-        return f"{head}\nevery head was kept, or none: there is nothing to compare"
-    return f"{head}\n{table(lines)}"
+    flags = np.array(result["units_kept"])
+    count = f"{int(flags.sum())} kept and {int((~flags).sum())} pruned ({result['unit_name']})"
+    return f"{result['protocol']}\n{count}\n{table(lines)}"

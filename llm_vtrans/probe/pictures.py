@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from llm_vtrans.report.charts import bar_chart, data_table, figure, heat_map, number
+from llm_vtrans.report.charts import bar_chart, heat_map
+from llm_vtrans.report.drawing import data_table, figure, number
 from llm_vtrans.report.page import charts, page
 
 NUM_BINS = 10
 LEAST_DRAWN = 0.03  # of a query's attention: thinner lines only blacken the picture
+LONGEST = 13  # characters of a token beside a line
 ROW = 17  # height of a token, in SVG units
 NAMES = {
     "special": "special or sink tokens",
@@ -28,10 +31,10 @@ def probe_section(probe: dict[str, Any]) -> str:
         f"<p>{escape(probe['protocol'])}</p>"
         + figures_table(probe)
         + charts(*(heat(probe, c) for c in shown(probe)))
-        + charts(*(distribution(probe, c) for c in shown(probe) if probe["tests"]))
+        + charts(*(distribution(probe, c) for c in shown(probe) if is_mixed(probe)))
         + "<h3>Example sentences</h3>"
         "<p>Queries left, keys right; a line's width is the attention weight. Keywords are bold, "
-        "special tokens boxed. The heads are those of the strongest and of the weakest "
+        "special tokens in brackets. The heads are those of the strongest and of the weakest "
         "signal-to-noise ratio among the kept and the pruned, not picked by their pictures.</p>"
         + charts(*(sentence(probe, e) for e in probe["examples"]))
     )
@@ -50,22 +53,22 @@ def shown(probe: dict[str, Any]) -> list[str]:
 
 
 def figures_table(probe: dict[str, Any]) -> str:
-    """Means, effect sizes and p-values; without pruned heads only the means."""
+    """Means, effect sizes and p-values; where all were kept only the rank correlations."""
     units = probe["unit_name"]
-    if not probe["tests"]:
-        return f"<p>Every {escape(units)} was kept, or none: there is nothing to compare.</p>"
     rows = []
     for index, category in enumerate(probe["categories"]):
         if category not in shown(probe):
             continue
         test = probe["tests"][category]
-        within = test["p_within_layers"]
+
+        def show(name: str, form: str = ".4f", test: dict[str, Any] = test) -> str:
+            return "—" if test[name] is None else f"{test[name]:{form}}"
+
         rows.append(
-            (NAMES[category], *(number(test[k]) for k in ("kept", "pruned")),
-             number(probe["even"][index]), f"{test['cohens_d']:+.2f}",
-             f"{test['cliffs_delta']:+.2f}", f"{test['p_value']:.4f}", f"{test['p_holm']:.4f}",
-             "—" if within is None else f"{within:.4f}", f"{test['spearman']:+.2f}",
-             f"{test['p_spearman']:.4f}")
+            (NAMES[category], show("kept"), show("pruned"),
+             f"{probe['even'][index]:.4f}", show("cohens_d", "+.2f"), show("cliffs_delta", "+.2f"),
+             show("p_value"), show("p_holm"), show("p_within_layers"), show("spearman", "+.2f"),
+             show("p_spearman"))
         )  # fmt: skip
     header = ("share of attention on", "kept", "pruned", "if spread evenly", "Cohen's d",
               "Cliff's delta", "p", "p (Holm)", "p within layers", "Spearman with signal",
@@ -76,8 +79,16 @@ def figures_table(probe: dict[str, Any]) -> str:
         f"<div class=scroll>{data_table(header, rows)}</div>"
         f"<p class=note>{escape(count)}. p: two-sided permutation tests; Holm: corrected for the "
         "categories; within layers: labels exchanged inside a layer only. Positive effect sizes: "
-        "kept heads look there more.</p>"
+        "kept heads look there more. The signal is the "
+        "mask's signal-to-noise ratio: a positive correlation says that the masks value heads "
+        "which look there.</p>"
     )
+
+
+def is_mixed(probe: dict[str, Any]) -> bool:
+    """Whether there are both kept and pruned units."""
+    kept = np.array(probe["units_kept"])
+    return bool(kept.any() and not kept.all())
 
 
 def heat(probe: dict[str, Any], category: str) -> str:
@@ -101,7 +112,8 @@ def distribution(probe: dict[str, Any], category: str) -> str:
     for name, chosen in (("kept", shares[kept]), ("pruned", shares[~kept])):
         counts = np.histogram(chosen, edges)[0]
         series.append((name, [100.0 * int(n) / max(len(chosen), 1) for n in counts]))
-    labels = [f"{edge:.2f}" for edge in edges[:-1]]
+    decimals = max(2, 1 - math.floor(math.log10(edges[1])))  # so that neighbours differ
+    labels = [f"{edge:.{decimals}f}" for edge in edges[:-1]]
     return bar_chart(
         f"Attention on {NAMES[category]}: kept against pruned", "share of attention, from",
         "% of units", labels, series,
@@ -130,7 +142,10 @@ def sentence(probe: dict[str, Any], example: dict[str, Any]) -> str:
                     f'data-label="{escape(label)}"><title>{escape(label)}</title></path>'
                 )
     for i, token in enumerate(tokens):
-        text = f"[{token['text']}]" if token["is_special"] else token["text"]
+        text = token["text"]
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+        is_bare = token["is_special"] and not text.startswith(("[", "<"))  # [CLS] has its own
+        text = f"[{text}]" if is_bare else text
         style = ' style="font-weight:700"' if token["is_keyword"] else ""
         for x, anchor in ((95, "end"), (265, "start")):
             parts.append(

@@ -24,15 +24,17 @@ class Comparison:
         p_holm: `p_value` corrected for the number of categories (Holm).
         spearman: rank correlation of the share with the unit's signal-to-noise ratio.
         p_spearman: its two-sided permutation test.
+
+    Where every unit was kept, or none, only the correlation is there; the rest is None.
     """
 
-    kept: float
-    pruned: float
-    cohens_d: float
-    cliffs_delta: float
-    p_value: float
+    kept: float | None
+    pruned: float | None
+    cohens_d: float | None
+    cliffs_delta: float | None
+    p_value: float | None
     p_within_layers: float | None
-    p_holm: float
+    p_holm: float | None
     spearman: float
     p_spearman: float
 
@@ -44,7 +46,7 @@ def compare(
 
     Args:
         shares: `(num_layers, num_units, num_categories)`.
-        is_kept: `(num_layers, num_units)` bool, both kinds present.
+        is_kept: `(num_layers, num_units)` bool.
         signal: log signal-to-noise ratio of the units' masks, `(num_layers, num_units)`.
         seed: of the permutations.
     """
@@ -52,23 +54,27 @@ def compare(
         _compare(shares[..., c], is_kept, signal, np.random.default_rng([seed, c]))
         for c in range(shares.shape[-1])
     ]
-    corrected = holm([f.p_value for f in found])
+    p_values = [f.p_value for f in found if f.p_value is not None]
+    corrected = holm(p_values) if p_values else [None] * len(found)
     return [{**asdict(f), "p_holm": p} for f, p in zip(found, corrected, strict=True)]
 
 
 def _compare(
     share: np.ndarray, is_kept: np.ndarray, signal: np.ndarray, random: np.random.Generator
 ) -> Comparison:
+    ranks, other = _ranks(share.ravel()), _ranks(signal.ravel())
+    rho = _correlation(ranks, other)
+    shuffled = [_correlation(random.permutation(ranks), other) for _ in range(NUM_PERMUTATIONS)]
+    p_spearman = _p_value(np.abs(shuffled), abs(rho))
     kept, pruned = share[is_kept], share[~is_kept]
+    if not len(kept) or not len(pruned):
+        return Comparison(None, None, None, None, None, None, None, rho, p_spearman)
     spread = np.sqrt(
         (((kept - kept.mean()) ** 2).sum() + ((pruned - pruned.mean()) ** 2).sum())
         / max(share.size - 2, 1)
     )
     difference = kept.mean() - pruned.mean()
     larger = np.sign(kept[:, None] - pruned[None, :])
-    ranks, other = _ranks(share.ravel()), _ranks(signal.ravel())
-    rho = _correlation(ranks, other)
-    shuffled = [_correlation(random.permutation(ranks), other) for _ in range(NUM_PERMUTATIONS)]
     return Comparison(
         kept=float(kept.mean()),
         pruned=float(pruned.mean()),
@@ -78,7 +84,7 @@ def _compare(
         p_within_layers=_within_layers(share, is_kept, random),
         p_holm=1.0,
         spearman=rho,
-        p_spearman=_p_value(np.abs(shuffled), abs(rho)),
+        p_spearman=p_spearman,
     )
 
 

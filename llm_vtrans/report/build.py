@@ -21,7 +21,7 @@ def run_page(record: RunRecord, name: str) -> str:
             ("What was kept", sections.kept(record)),
             ("Where the parameters went", sections.where(record)),
             ("Quality against size", sections.quality(record)),
-            ("Perplexity step by step", sections.layouts(record)),
+            ("Score step by step", sections.layouts(record)),
             ("What the heads look at", sections.probing(record)),
             ("Reproduce", sections.reproduce(record)),
         ],

@@ -24,7 +24,7 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="result of prune")
     parser.add_argument("--output", type=Path, help="HTML file (one run: RUN/report/index.html)")
     parser.add_argument("--scores", type=Path, help="JSON of `llm-vtrans score` (one run)")
-    parser.add_argument("--comparison", type=Path, help="JSON of eval/compare.py (one run)")
+    parser.add_argument("--comparison", type=Path, help="table.json of eval/compare.py")
     parser.add_argument("--probe", type=Path, help="folder of `llm-vtrans probe` (one run)")
     args = parser.parse_args(arguments)
     if len(args.runs) > 1 and args.output is None:

@@ -15,21 +15,22 @@ h2{font-size:1.2rem;border-bottom:2px solid var(--ink);margin:2rem 0 .8rem;paddi
 h3{font-size:1rem;margin:1rem 0 .4rem}
 p{max-width:60rem}.lead{font-size:1.1rem}.note{color:var(--soft);font-size:.85rem;margin:.3rem 0}
 a{color:var(--accent)}nav ul{display:flex;flex-wrap:wrap;gap:.3rem 1rem;list-style:none;padding:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem;
+ margin-bottom:1rem}
 .wide{grid-column:1/-1}
 figure{margin:0;padding:.7rem;background:var(--panel);border:1px solid var(--rule);min-width:0}
 figcaption{font-weight:600}
 .scroll{overflow-x:auto}
 svg.chart{display:block;width:100%;max-width:640px;height:auto;background:#fff}
-svg text{font:11px system-ui,sans-serif;fill:var(--ink)}svg .axis{font-weight:600}
+svg text{font:12px system-ui,sans-serif;fill:var(--ink)}svg .axis{font-weight:600}
 .grid{stroke:#ddd;fill:none}.axisline{stroke:#000;fill:none}
 .line{fill:none;stroke-width:2}.point{stroke-width:1.2;fill:#fff}.quiet{opacity:0}
 .s0{stroke:#0b4f8a}.s1{stroke:#b3410e}.s2{stroke:#222}.s3{stroke:#137333}.s4{stroke:#7b1fa2}
 .s5{stroke:#8a6d00}.point.s0{fill:#0b4f8a}.point.s2{fill:#222}
 .bar{stroke:#222;stroke-width:.6}.b0{fill:#0b4f8a}.b1{fill:url(#h1)}.b2{fill:url(#h2)}
 .b3{fill:url(#h3)}.b4{fill:#fff}.b5{fill:url(#h5)}
-.cell{stroke:#999;stroke-width:.4}.cross{stroke:#b00000;stroke-width:1.6;fill:none;
- pointer-events:none}
+.cell{stroke:#999;stroke-width:.4}.rim,.cross{fill:none;pointer-events:none}
+.rim{stroke:#fff;stroke-width:4}.cross{stroke:#8a0000;stroke-width:1.8}
 .mark.on{stroke:#000;stroke-width:3;opacity:1}
 :focus-visible{outline:3px solid #c25e00;outline-offset:2px}
 output{display:block;min-height:1.5em;font-size:.85rem}
@@ -39,7 +40,10 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 th,td{border-bottom:1px solid var(--rule);padding:.25rem .7rem;text-align:right;vertical-align:top;
  white-space:nowrap}
 th[scope=row],th:first-child{text-align:left;font-weight:500}
-table.text td{text-align:left;white-space:normal;white-space:normal;overflow-wrap:anywhere}
+th[scope]{white-space:normal}.text th[scope=row]{white-space:nowrap}
+table.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+@media(max-width:40rem){table{font-size:.82rem}th,td{padding:.25rem .2rem}
+ .headline tr>:last-child{display:none}}
 details{font-size:.9rem}details .scroll{max-height:20rem;overflow:auto}
 summary{cursor:pointer;padding:.3rem 0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);padding:.7rem;

@@ -19,7 +19,9 @@ REPORT_FILE = "report/index.html"
 UNCHANGED = "name a folder that prune wrote, with the files as they were written"
 PROBE_FOLDER = "probe"
 SCORES_FILE = "scores.json"
-COMPARISON_FILE = "compare.json"
+COMPARISON_FILE = "compare/table.json"
+TEXT = "ppl "  # a comparison's prefix of perplexities
+USUAL = ("stock", "-", "both", "none", "None")  # layouts and recoveries that go without saying
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class RunRecord:
         Args:
             folder: a result of `prune`.
             scores: JSON of `llm-vtrans score`; by default `scores.json` in the folder.
-            comparison: JSON of `eval/compare.py`; by default `compare.json` in the folder.
+            comparison: `table.json` of eval/compare.py; by default in the folder's `compare`.
             probe: folder of `llm-vtrans probe`; by default `probe` in the folder.
 
         Raises:
@@ -103,47 +105,17 @@ class RunRecord:
 
 
 def comparison_rows(content: Any) -> Iterator[ComparisonRow]:
-    """Rows of a comparison's JSON: a list, or an object that holds one under `rows`.
-
-    A row names its `method`, its size (`num_params` or `parameters`) and perplexities: an
-    object `perplexity` of texts, or a number per text beside the other fields. Rows without
-    a size or a perplexity are left out.
-    """
-    if isinstance(content, dict):
-        content = next((v for v in content.values() if isinstance(v, list)), [])
-    for row in content if isinstance(content, list) else []:
-        if not isinstance(row, dict):
+    """Rows of the `table.json` of eval/compare.py; those without figures are left out."""
+    rows = content.get("rows") if isinstance(content, dict) else None
+    for row in rows if isinstance(rows, list) else []:
+        if not isinstance(row, dict) or not isinstance(figures := row.get("figures"), dict):
             continue
-        params = _number(row.get("num_params", row.get("parameters", row.get("params"))))
-        known = {"method", "layout", "sparsity", "num_params", "parameters", "params", "seed",
-                 "seconds", "bytes", "macs"}  # fmt: skip
-        texts = row.get("perplexity")
-        texts = (
-            texts
-            if isinstance(texts, dict)
-            else (
-                {"perplexity": texts}
-                if texts is not None
-                else {name: value for name, value in row.items() if name not in known}
-            )
-        )
-        values = {
-            str(name): value
-            for name, raw in texts.items()
-            if (value := _number(raw.get("value") if isinstance(raw, dict) else raw)) is not None
-            and value > 0
-        }
-        if params and values:
-            layout = f" ({row['layout']})" if row.get("layout") else ""
-            yield ComparisonRow(f"{row.get('method', '?')}{layout}", int(params), values)
-
-
-def _number(value: Any) -> float | None:
-    """A JSON value as a number, or None."""
-    try:
-        return float(str(value).replace(",", ""))
-    except ValueError:
-        return None
+        means = {str(n): f["mean"] for n, f in figures.items() if isinstance(f, dict)}
+        values = {n[len(TEXT) :]: float(v) for n, v in means.items() if n.startswith(TEXT)}
+        parts = [str(row.get("method")), str(row.get("layout")), str(row.get("recovery"))]
+        name = ", ".join(part for part in parts if part not in USUAL)
+        if values and "num_params" in means:
+            yield ComparisonRow(name, int(means["num_params"]), values)
 
 
 def _optional(named: Path | None, default: Path) -> Any:

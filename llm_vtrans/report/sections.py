@@ -6,12 +6,14 @@ import math
 from html import escape
 from typing import Any
 
-from llm_vtrans.report.charts import Series, bar_chart, data_table, number, xy_chart
+from llm_vtrans.report.charts import bar_chart, xy_chart
+from llm_vtrans.report.drawing import Series, data_table, number
 from llm_vtrans.report.page import charts, text_table
 from llm_vtrans.report.record import RunRecord
 
 NUM_BUCKETS = 64  # bars of the hidden dimensions
 GIB = 2**30
+COSTS = ("parameters", "MACs", "checkpoint", "latency")
 
 
 def headline_rows(record: RunRecord) -> list[tuple[str, float, float, str]]:
@@ -21,15 +23,17 @@ def headline_rows(record: RunRecord) -> list[tuple[str, float, float, str]]:
         ("parameters", manifest["params"]["before"], manifest["params"]["after"], "lower")
     ]
     if macs := manifest.get("macs"):
-        name = f"MACs for {macs['seq_len']} tokens"
-        rows.append((name, macs["before"], macs["after"], "lower"))
+        name = f"MACs for {macs['seq_len']} tokens, G"
+        rows.append((name, macs["before"] / 1e9, macs["after"] / 1e9, "lower"))
     if size := manifest.get("bytes"):
         rows.append(("checkpoint, MB", size["before"] / 1e6, size["after"] / 1e6, "lower"))
     for name, pair in (manifest.get("latency") or {}).items():
         if isinstance(pair, dict) and {"dense", "pruned"} <= pair.keys():
             rows.append((f"latency, {name}", pair["dense"], pair["pruned"], "lower"))
-    if perplexity := manifest.get("perplexity"):
-        rows.append(("perplexity", perplexity["dense"], perplexity["pruned"], "lower"))
+    scores = manifest.get("scores", {})
+    for name, dense in scores.get("dense", {}).items():
+        better = "lower" if name.endswith("perplexity") else "higher"
+        rows.append((name.replace("_", "-"), dense, scores["pruned"][name], better))
     for task, result in record.scores.items():
         for metric, columns in result.get("metrics", {}).items():
             dense, pruned = columns.get("dense"), columns.get("pruned")
@@ -39,17 +43,33 @@ def headline_rows(record: RunRecord) -> list[tuple[str, float, float, str]]:
     return rows
 
 
+def score_of_stages(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The headline score after each stage and its protocol: perplexity, or a task's own."""
+    return manifest.get("perplexity") or manifest.get("score") or {}
+
+
+def headline_name(manifest: dict[str, Any]) -> str:
+    """What the headline score is."""
+    return str(manifest.get("headline", "perplexity")).replace("_", "-")
+
+
+def score_text(value: float) -> str:
+    """A score for people, with as many decimals as its differences need."""
+    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
 def lead(record: RunRecord) -> str:
     """One sentence: what became of the model."""
     manifest = record.manifest
-    params, perplexity = manifest["params"], manifest.get("perplexity", {})
+    params, stages = manifest["params"], score_of_stages(manifest)
     share = 1 - params["after"] / params["before"]
     text = (
         f"{manifest['source']['name']}: {number(params['before'])} parameters to "
         f"{number(params['after'])} ({100 * share:.1f}% removed, embeddings counted)"
     )
-    if {"dense", "pruned"} <= perplexity.keys():
-        text += f"; perplexity {perplexity['dense']:.2f} to {perplexity['pruned']:.2f}"
+    if {"dense", "pruned"} <= stages.keys():
+        name = headline_name(manifest)
+        text += f"; {name} {score_text(stages['dense'])} to {score_text(stages['pruned'])}"
     layout = f"Layout {manifest['layout']}, method {manifest['method']}."
     return f"<p class=lead>{escape(text)}.</p><p>{escape(layout)}</p>"
 
@@ -57,13 +77,14 @@ def lead(record: RunRecord) -> str:
 def headline(record: RunRecord) -> str:
     """Dense against pruned, as a table and as bars of what is left."""
     rows = headline_rows(record)
+    costs = [r for r in rows if r[0].startswith(COSTS)]
+    texts = [number if r in costs else score_text for r in rows]
     cells = [
-        (name, number(dense), number(pruned), f"{pruned / dense:.3f}" if dense else "—",
+        (name, show(dense), show(pruned), f"{pruned / dense:.3f}" if dense else "—",
          f"{better} is better" if better else "")
-        for name, dense, pruned, better in rows
+        for (name, dense, pruned, better), show in zip(rows, texts, strict=True)
     ]  # fmt: skip
     table = data_table(("", "dense", "pruned", "ratio", ""), cells)
-    costs = [r for r in rows if r[0].startswith(("parameters", "MACs", "checkpoint", "latency"))]
     bars = bar_chart(
         "What is left of the dense model",
         "cost",
@@ -72,9 +93,10 @@ def headline(record: RunRecord) -> str:
         [("pruned", [100 * pruned / dense for _, dense, pruned, _ in costs])],
         top=100,
     )
-    protocol = record.manifest.get("perplexity", {}).get("protocol", "")
-    note = f"<p class=note>Perplexity: {escape(protocol)}.</p>" if protocol else ""
-    return f"<div class=scroll>{table}</div>{note}{charts(bars)}"
+    protocol = score_of_stages(record.manifest).get("protocol", "")
+    name = headline_name(record.manifest).capitalize()
+    note = f"<p class=note>{escape(name)}: {escape(protocol)}.</p>" if protocol else ""
+    return f'<div class="scroll headline">{table}</div>{note}{charts(bars)}'
 
 
 def training(record: RunRecord) -> str:
@@ -189,8 +211,8 @@ def quality(record: RunRecord) -> str:
 
 
 def layouts(record: RunRecord) -> str:
-    """What the masks cost and what the other layout would have cost, in perplexity."""
-    perplexity = record.manifest.get("perplexity", {})
+    """What the masks cost and what the other layout would have cost, in the headline score."""
+    stages = score_of_stages(record.manifest)
     names = {
         "dense": "dense model",
         "hardened": "hard masks on the dense model",
@@ -198,8 +220,9 @@ def layouts(record: RunRecord) -> str:
         "pruned": "exported model, loaded again",
         "other_layout": "the same masks in the other layout",
     }
-    cells = [(text, number(perplexity[key])) for key, text in names.items() if key in perplexity]
-    return f"<div class=scroll>{data_table(('', 'perplexity'), cells)}</div>" if cells else ""
+    cells = [(text, score_text(stages[key])) for key, text in names.items() if key in stages]
+    header = ("", headline_name(record.manifest))
+    return f"<div class=scroll>{data_table(header, cells)}</div>" if cells else ""
 
 
 def probing(record: RunRecord) -> str:
@@ -266,20 +289,22 @@ def overlays(records: list[RunRecord]) -> str:
     points = [
         Series(
             r.name,
-            [(r.manifest["params"]["after"], r.manifest["perplexity"]["pruned"])],
+            [(r.manifest["params"]["after"], score_of_stages(r.manifest)["pruned"])],
             is_line=False,
         )
         for r in records
-        if "pruned" in r.manifest.get("perplexity", {})
+        if "pruned" in score_of_stages(r.manifest)
     ]
-    protocols = {r.manifest.get("perplexity", {}).get("protocol") for r in records}
+    protocols = {score_of_stages(r.manifest).get("protocol") for r in records}
+    names = list(dict.fromkeys(headline_name(r.manifest) for r in records))
+    is_log = all(name.endswith("perplexity") for name in names)
     note = (
         f"{protocols.pop()}."
         if len(protocols) == 1
-        else "The runs' perplexities follow different protocols: do not compare them."
+        else "The runs' scores follow different protocols: do not compare them."
     )
     return charts(
-        xy_chart("Perplexity against size", "parameters", "perplexity", points, note, is_log=True),
+        xy_chart("Quality against size", "parameters", ", ".join(names), points, note, is_log),
         xy_chart("Distillation loss", "step", "nats", curve("distillation")),
         xy_chart("Expected sparsity", "step", "share removed", curve("sparsity")),
         xy_chart("Key/value groups kept", "layer", "groups", per_layer("heads")),

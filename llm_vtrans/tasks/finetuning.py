@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.reporting import Reporter
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
 from llm_vtrans.zero3 import is_partitioned
@@ -59,7 +60,9 @@ def finetune_first(args: PruneArguments) -> PruneArguments:
 def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
     """Trains all weights on the task's own loss; returns the scores."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+    reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
     if is_partitioned(accelerator):
         raise UserError(
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
@@ -99,13 +102,13 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.is_main_process and step % max(1, num_steps // 20) == 0:
-            print(f"finetune {step:>5}/{num_steps}  loss {loss.item():.4f}", flush=True)
+            reporter.say(f"finetune {step:>5}/{num_steps}  loss {loss.item():.4f}")
     plain = accelerator.unwrap_model(model).eval()
     scores = task.evaluate(plain, args.batch_size)
     if accelerator.is_main_process:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        print(f"finetuned: {scores}", flush=True)
+        reporter.say(f"finetuned: {scores}")
     accelerator.wait_for_everyone()
     return scores
 

@@ -100,6 +100,7 @@ def edit(name, **changes):
         (edit("config.json", hidden_size=12), {"hashes", "shapes", "loads", "perplexity"}),
         (edit("vtrans.json", params__after=5), {"parameters"}),
         (edit("vtrans.json", perplexity__pruned=3.0), {"perplexity"}),
+        (edit("vtrans.json", scores__pruned__perplexity=3.0), {"perplexity"}),  # what tables show
     ],
 )
 def test_tampering_is_found(copy, tamper, expected):
@@ -191,6 +192,9 @@ def test_recipe_repeats_the_run(run):
 def test_report_comes_with_the_run(run):
     html = (run / "report" / "index.html").read_text()
     assert "out: pruning report" in html and "Expected sparsity" in html
+    (latency,) = json.loads((run / "vtrans.json").read_text())["latency"].values()
+    assert 0 < latency["dense"] < 1000 and 0 < latency["pruned"] < 1000
+    assert "latency, ms for 16 tokens" in html
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.prune import prune
 from llm_vtrans.tasks import HEADS
+from llm_vtrans.verification import CHECKS, Subject, verify
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 5)]
@@ -75,7 +76,13 @@ def write(folder: Path, kind: str) -> Path:
     ],
 )
 def test_labelled_task(
-    tmp_path: Path, encoder: Path, kind: str, columns: str, scores: set[str], layout: str
+    tmp_path: Path,
+    encoder: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    columns: str,
+    scores: set[str],
+    layout: str,
 ) -> None:
     data = write(tmp_path, kind)
     arguments = [
@@ -83,8 +90,10 @@ def test_labelled_task(
         *("--finetune-first", "true", "--finetune-epochs", "1", "--seq-len", "24"),
         *("--samples", "16", "--batch-size", "4", "--sparsity", "0.4"),
         *("--output", str(tmp_path / "out"), *(["--text-field", columns] if columns else [])),
+        "--json",
     ]
     prune(arguments)
+    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path / "out")  # and no more
     manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     for stage in ("dense", "pruned"):
         assert set(manifest["scores"][stage]) == scores
@@ -95,6 +104,11 @@ def test_labelled_task(
     tokens = torch.randint(5, VOCAB_SIZE, shape)
     assert all(bool(x.isfinite().all()) for x in model(tokens).values())
     assert model.num_parameters() <= 0.6 * manifest["params"]["before"]
+    verified = list(verify(Subject.open(tmp_path / "out")))
+    assert [f.check for f in verified if not f.is_failure and not f.is_skipped] == list(CHECKS)
+    manifest["score"]["pruned"] += 0.1
+    findings = list(verify(Subject(tmp_path / "out", manifest), ("perplexity",)))
+    assert [f.is_failure for f in findings] == [True] and "stated" in findings[0].text
 
 
 def test_masked_language_model(tmp_path: Path, encoder: Path) -> None:

@@ -95,6 +95,14 @@ def test_a_difference_between_layers_is_not_one_between_heads():
     assert found["p_value"] < 0.01 and found["p_within_layers"] > 0.2
 
 
+def test_where_all_heads_stay_the_signal_still_tells():
+    random = np.random.default_rng(2)
+    shares = random.random((6, 8, 1))
+    (found,) = compare(shares, np.ones((6, 8), dtype=bool), shares[..., 0] ** 2)
+    assert found["spearman"] == pytest.approx(1) and found["p_spearman"] < 0.001
+    assert {v for k, v in found.items() if "spearman" not in k} == {None}
+
+
 def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
