@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-import llm_vtrans.harness  # what a command imports late is there before the fork
+# What a command imports late is there before the fork.
+import llm_vtrans.harness  # noqa: F401
 import tests.tiny  # noqa: F401
 from llm_vtrans.command import run_command
 from llm_vtrans.exporting import export
