@@ -3,6 +3,7 @@
 No process outlives `forks.LIMIT` seconds, and no half checkpoint is there to be loaded.
 """
 
+import json
 import os
 import random
 from pathlib import Path
@@ -170,6 +171,42 @@ def test_ranks_are_stopped(whole_of_two: Path, work: Path, tally: Tally, seed: i
         log = whole_of_two / "log-0"
         check_ranks(work, {r: draw_moment(draw, number, phase, log) for r in ranks}, tally)
     finish_ranks(work, whole_of_two)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("command", "number", "seed"),
+    [("score", SIGINT, 0), ("export", SIGKILL, 0)]
+    + [
+        pytest.param(command, number, seed, marks=pytest.mark.slow)
+        for command in ("score", "export")
+        for number in SIGNALS
+        for seed in (1, 2, 3)
+    ],
+)
+def test_other_commands(
+    whole: Path, work: Path, tally: Tally, command: str, number: Signals, seed: int
+) -> None:
+    """Stopped anywhere they leave nothing that looks like a result; --resume is not theirs."""
+    result = work / "out"
+    arguments = ["--from", str(whole / "out"), "--sparsity", "0.3", "--output", str(result)]
+    if command == "score":
+        task = f"ppl:{work / 'text.txt'}"
+        arguments = ["--model", str(work / "model"), "--tasks", task, "--output", str(result)]
+        arguments += ["--context-length", "16", "--limit", "4"]
+    delay = random.Random(seed).uniform(0, 1.0)
+    run = fork(command, arguments, log_of(work), Moment(number, "start", delay=delay))
+    status = run.status()
+    assert status in (0, -number, PREEMPTED, INTERRUPTED), run.errors
+    lines = [line for line in run.errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == (status > 0) and "Traceback" not in run.errors, run.errors
+    if status == INTERRUPTED:
+        assert lines == ["error: interrupted"]
+    if command == "export":
+        check_folder(work)
+    elif result.exists():
+        assert json.loads(result.read_text())["results"]
+    tally.survived(f"{command}: {number.name}", lines[0].removeprefix("error: ") if lines else None)
 
 
 def test_a_signal_is_no_failure_of_what_it_interrupts() -> None:
