@@ -17,6 +17,7 @@ from torch import Tensor
 from llm_vtrans.arguments import share_of
 from llm_vtrans.embedded.corpus import heldout_documents, training_documents
 from llm_vtrans.errors import UserError
+from llm_vtrans.json_lines import SUFFIX, read_json_lines
 
 EMBEDDED = "embedded"
 # name -> (hub dataset, config, split, text field)
@@ -130,6 +131,8 @@ def _files(path: Path) -> list[Path]:
 def _read_file(file: Path, source: TextSource) -> Iterator[str]:
     if file.suffix == ".txt":
         return _read_paragraphs(file)
+    if file.suffix == SUFFIX:
+        return _texts(read_json_lines(file), source.text_field or "text", str(file))
     return _read_rows(file, source.text_field or "text")
 
 

@@ -17,6 +17,10 @@ from llm_vtrans.redaction import redact
 USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 LONGEST = 2000  # characters of an error
 OFFLINE = "--offline"  # every command takes it
+RESUMABLE = ("prune",)  # commands that know --resume
+GO_ON = "; --resume continues from the last saved state"
+LOST_PEER = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed
+GLOO = "gloo/transport"  # it raises a plain RuntimeError that names its source file
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -51,10 +55,11 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         arguments: those arguments.
 
     Returns:
-        0; 2 for a `UserError` or what the system refuses (a full disk), told in one line; 75 if a
-        scheduler asked it to go (`Preempted`): the same command with --resume goes on; 130 if
-        interrupted.
+        0; 2 for a `UserError`, what the system refuses (a full disk) or the loss of another rank,
+        told in one line; 75 if a scheduler asked it to go (`Preempted`): the same command with
+        --resume goes on; 130 if interrupted.
     """
+    go_on = GO_ON if getattr(command, "__name__", "") in RESUMABLE else ""
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.SIG_DFL:  # the package's start: see llm_vtrans/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,14 +73,18 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         if error.errno is None:  # raised by a library, not by the system
             raise
         remedy = REMEDIES.get(error.errno, "see that it stays in place and can be used")
-        return _tell(f"{error.filename or 'output'}: {error.strerror}; {remedy}")
+        return _tell(f"{error.filename or 'output'}: {error.strerror}; {remedy}", everywhere=True)
     except MemoryError:
-        return _tell("out of memory; lower --batch-size or --seq-len")
+        return _tell("out of memory; lower --batch-size or --seq-len", everywhere=True)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        return _tell(f"another rank has ended; its own output tells why{go_on}", everywhere=True)
     except Preempted as preempted:
         _tell(str(preempted))
         return PREEMPTED
     except KeyboardInterrupt:
-        _tell("interrupted; --resume continues from the last saved state")
+        _tell(f"interrupted{go_on}")
         return INTERRUPTED
     finally:
         if handler is signal.SIG_DFL:
@@ -99,7 +108,16 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(message: str) -> int:
-    if is_rank_zero():
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether torch.distributed waited in vain for another rank."""
+    return type(error).__name__ in LOST_PEER or GLOO in str(error)
+
+
+def _tell(message: str, everywhere: bool = False) -> int:
+    """One line from rank zero, or `everywhere` from any rank that alone may have failed so."""
+    if not is_rank_zero():
+        if not everywhere:
+            return USER_ERROR
+        message = f"rank {os.environ['RANK']}: {message}"
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     return USER_ERROR

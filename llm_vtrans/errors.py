@@ -14,10 +14,12 @@ class UserError(ValueError):
     """
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """The run was asked to go by a signal; what it did is saved.
 
-    The entry points print the message and exit with status 75 (EX_TEMPFAIL): try again.
+    It can come at any line, as KeyboardInterrupt does, so `except Exception` must not take it for
+    a failure of what it interrupts. The entry points print the message and exit with status 75
+    (EX_TEMPFAIL): try again.
     """
 
 

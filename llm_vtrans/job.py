@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.attachment import MaskedModel, logits_of
 from llm_vtrans.budget import Cost, mac_cost
 from llm_vtrans.candidates import choose
 from llm_vtrans.dense_teacher import DenseTeacher
@@ -232,6 +232,7 @@ class Job:
         self._time("dense", model)  # before anything is hooked onto it
         if not self.args.trains_weights:
             self._connect(model)
+        self._check_overflow(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
         if self.architecture.couples_heads:
@@ -259,6 +260,15 @@ class Job:
         if self.args.track:
             settings = {name: str(value) for name, value in asdict(self.args).items()}
             self.accelerator.init_trackers(self.output.path.name, settings)
+
+    @torch.no_grad()
+    def _check_overflow(self, model: PreTrainedModel) -> None:
+        """Finds out before anything is learnt from them that the outputs are no numbers."""
+        if not torch.isfinite(logits_of(model(**self._first_batches(1)[0]))).all():
+            raise UserError(
+                f"{self.args.model}: computed in {dtype_name(self.dtype)}, the dense model's "
+                "outputs are NaN or infinite; give another --dtype"
+            )
 
     def _connect(self, model: PreTrainedModel, teacher: nn.Module | None = None) -> None:
         """Hooks gates and tuning onto the model; its teacher is itself if weights stay frozen."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm_vtrans.arguments import PruneArguments, share_of
 from llm_vtrans.attachment import logits_of
 from llm_vtrans.calibration import TextSource, calibrate
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.scoring import token_perplexity
 from llm_vtrans.tasks import encoding, metrics
 from llm_vtrans.tasks.encoding import Examples, inputs_of
@@ -139,8 +139,6 @@ def make_task(
     needed = columns if kind == "qa" else (*columns, source.label_field)
     rows = {split: read_split(source, split, needed) for split in (True, False)}
     classes: list[Any] = [None]  # numbers, choices and spans have one output
-    if kind == "classification":
-        classes = sorted({row[source.label_field] for row in rows[True]})
 
     def encode(is_train: bool) -> Examples:
         if kind == "qa":
@@ -150,7 +148,16 @@ def make_task(
             return encoding.classification(*given, classes)
         return (encoding.regression if kind == "regression" else encoding.multiple_choice)(*given)
 
-    train, heldout = encode(True), encode(False)
+    name = args.data
+    try:
+        with blame("rows", f"bring them into the form that --task {kind} takes"):
+            if kind == "classification":
+                classes = encoding.classes_of(rows[True], source.label_field)
+            train = encode(True)
+            name = args.eval_data or f"{name}, its validation part"
+            heldout = encode(False)
+    except UserError as error:
+        raise UserError(f"--data {name}: {error}") from error
     known = GLUE[source.glue_task][1] if source.glue_task else "accuracy"
     headline = {"classification": known, "regression": "spearman", "qa": "f1"}.get(kind, "accuracy")
     return Task(
@@ -197,8 +204,9 @@ def _text_task(
         protocol = f"token-level over {windows} {args.data}"
         train, heldout = (Examples({"input_ids": t}) for t in (data.train, data.heldout))
         return Task(kind, train, heldout, "perplexity", protocol)
-    if tokenizer.mask_token_id is None:
-        raise UserError(f"{args.model}: its tokenizer has no mask token, so no masked LM")
+    for name in ("mask", "cls", "sep"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise UserError(f"{args.model}: its tokenizer has no {name} token, so no masked LM")
     return Task(
         kind,
         encoding.masked_windows(data.train, tokenizer, args.seed, corrupt=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,22 @@ def inputs_of(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name not in LABELS}
 
 
+def classes_of(rows: Sequence[Row], label: str) -> list[Any]:
+    """The labels that occur, in order.
+
+    Raises:
+        UserError: they cannot be told apart or put in order.
+    """
+    try:
+        return sorted({row[label] for row in rows})
+    except TypeError as error:
+        some = list({type(row[label]).__name__: row[label] for row in rows}.values())
+        raise UserError(
+            f"--label-field {label} holds labels of several kinds, or no labels, among them "
+            f"{', '.join(map(repr, some))}: make all of them text, or all numbers"
+        ) from error
+
+
 def classification(
     rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int,
     classes: Sequence[Any],
@@ -114,11 +131,18 @@ def regression(
     rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int
 ) -> Examples:
     """Texts or pairs with a number each."""
-    try:
-        labels = torch.tensor([float(row[label]) for row in rows])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--label-field {label}: not a number ({error})") from error
+    labels = torch.tensor([_number(row[label], label) for row in rows])
     return Examples({**_texts(rows, columns, tokenizer, seq_len), "labels": labels})
+
+
+def _number(value: Any, label: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"--label-field {label}: not a number ({error})") from error
+    if not math.isfinite(number):
+        raise UserError(f"--label-field {label}: {number} is no finite number; leave its row out")
+    return number
 
 
 def multiple_choice(
@@ -136,7 +160,11 @@ def multiple_choice(
         for choice in choices
     ]
     texts = _texts(flat, ("context", "choice"), tokenizer, seq_len)
-    labels = torch.tensor([int(row[label]) for row in rows])
+    given = [row[label] for row in rows]
+    wrong = next((x for x in given if str(x) not in map(str, range(num))), None)
+    if wrong is not None:
+        raise UserError(f"--label-field {label}: {wrong!r} is no choice out of 0 to {num - 1}")
+    labels = torch.tensor([int(x) for x in given])
     return Examples({**{n: t.unflatten(0, (-1, num)) for n, t in texts.items()}, "labels": labels})
 
 
@@ -148,20 +176,37 @@ def spans(rows: Sequence[Row], tokenizer: Any, seq_len: int) -> Examples:
     kept = _texts(rows, ("question", "context"), tokenizer, seq_len, truncation="only_second")
     ends = []
     for i, row in enumerate(rows):
-        answers = row["answers"]
-        start = answers["answer_start"][0] if answers["text"] else None
+        answer = _first_answer(row, i + 1)
         tokens = (0, 0)
-        if start is not None:
+        if answer is not None:
             encoding = tokenizer(
                 row["question"], row["context"], truncation="only_second", max_length=seq_len
             )
-            last = start + len(answers["text"][0]) - 1
-            pair = (encoding.char_to_token(0, start, 1), encoding.char_to_token(0, last, 1))
+            pair = tuple(encoding.char_to_token(0, place, 1) for place in answer)
             tokens = pair if None not in pair else tokens
         assert bool(kept["attention_mask"][i, tokens[1]])
         ends.append(tokens)
     first, last_ = torch.tensor(ends).T
     return Examples({**kept, "start_positions": first, "end_positions": last_})
+
+
+def _first_answer(row: Row, number: int) -> tuple[int, int] | None:
+    """First and last character in the context, or None if the question has no answer."""
+    try:
+        texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+        if not texts:
+            return None
+        start, length = int(starts[0]), len(texts[0])
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"row {number}: answers is no object with lists text and answer_start, as SQuAD has it"
+        ) from error
+    if not 0 <= start < start + length <= len(row["context"]):
+        raise UserError(
+            f"row {number}: the answer of {length} characters at {start} does not lie in its "
+            f"context of {len(row['context'])}"
+        )
+    return start, start + length - 1
 
 
 def masked_windows(windows: Tensor, tokenizer: Any, seed: int, corrupt: bool) -> Examples:
@@ -195,6 +240,11 @@ def _texts(
 ) -> Batch:  # fmt: skip
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{tokenizer.name_or_path or 'model'}: the tokenizer has neither a pad nor an eos "
+            "token; name one as pad_token in tokenizer_config.json"
+        )
     read: Callable[[str], list[str]] = lambda name: [str(row[name]) for row in rows]  # noqa: E731
     encoded = tokenizer(
         *(read(name) for name in columns), truncation=truncation, max_length=seq_len,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError, blame
+from llm_vtrans.output_folder import atomic_write_text
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.reporting import Reporter
 from llm_vtrans.tasks import HEADS, Task, make_task
@@ -48,13 +52,20 @@ def finetune_first(args: PruneArguments) -> PruneArguments:
         raise UserError("--finetune-first needs --task")
     folder = args.output_folder().with_name(f"{args.output_folder().name}-dense")
     record = {name: getattr(args, name) for name in DECIDING}
-    saved = folder / RECORD_FILE
-    if not saved.is_file() or json.loads(saved.read_text())["settings"] != record:
+    if _recorded(folder) != record:
         scores = _finetune(args, args.task, folder)
         if Accelerator().is_main_process:
-            saved.write_text(json.dumps({"settings": record, "scores": scores}, indent=2) + "\n")
+            text = json.dumps({"settings": record, "scores": scores}, indent=2) + "\n"
+            atomic_write_text(folder / RECORD_FILE, text)
         Accelerator().wait_for_everyone()
     return replace(args, model=str(folder), revision=None)
+
+
+def _recorded(folder: Path) -> Any:
+    """Settings with which the model in a folder was made; None if it is not whole."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / RECORD_FILE).read_text())["settings"]
+    return None
 
 
 def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
@@ -67,6 +78,7 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
         raise UserError(
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
         )
+    reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
     set_seed(args.seed)
     where = {"revision": args.revision, "trust_remote_code": False}
     remedy = "name a checkpoint of safetensors that transformers can load"
@@ -87,6 +99,11 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
         batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=collate,
     )  # fmt: skip
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if not len(loader):
+        raise UserError(
+            f"--data {args.data}: {len(task.train)} rows do not fill one batch of --batch-size "
+            f"{args.batch_size} on {accelerator.num_processes} rank(s): lower --batch-size"
+        )
     num_steps = max(1, round(args.finetune_epochs * len(loader)))
     batches = chain.from_iterable(repeat(loader))
     model.train()
@@ -101,14 +118,23 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if accelerator.is_main_process and step % max(1, num_steps // 20) == 0:
-            reporter.say(f"finetune {step:>5}/{num_steps}  loss {loss.item():.4f}")
+        if step % max(1, num_steps // 20) == 0 or step == num_steps:
+            value = float(accelerator.reduce(loss.detach(), "mean"))
+            if not math.isfinite(value):
+                raise UserError(
+                    f"finetuning step {step}: loss is {value}; lower --finetune-learning-rate"
+                )
+            reporter.say(f"finetune {step:>5}/{num_steps}  loss {value:.4f}")
     plain = accelerator.unwrap_model(model).eval()
     scores = task.evaluate(plain, args.batch_size)
     if accelerator.is_main_process:
-        plain.save_pretrained(folder)
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # it would vouch for half of this model
+        try:
+            plain.save_pretrained(folder)
+        except SafetensorError as error:  # its way of telling that the disk is full
+            raise UserError(f"{folder}: cannot be written ({error}); free some space") from error
         tokenizer.save_pretrained(folder)
-        reporter.say(f"finetuned: {scores}")
+    reporter.say(f"finetuned: {scores}")
     accelerator.wait_for_everyone()
     return scores
 

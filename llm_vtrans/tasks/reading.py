@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.json_lines import SUFFIX, read_json_lines
 
 Row = dict[str, Any]
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -65,7 +66,7 @@ class Labelled:
 
 
 def read_split(source: Labelled, is_train: bool, columns: Sequence[str]) -> list[Row]:
-    """All rows of one split that have a label.
+    """All rows of one split.
 
     Args:
         source: where they are.
@@ -73,7 +74,7 @@ def read_split(source: Labelled, is_train: bool, columns: Sequence[str]) -> list
         columns: that each row must have.
 
     Raises:
-        UserError: no such data, or rows without the columns.
+        UserError: no such data, or a row without a column.
     """
     data = source.data if is_train else source.eval_data or _validation_of(source)
     rows = _read(data, source.glue_task, is_train)
@@ -85,6 +86,10 @@ def read_split(source: Labelled, is_train: bool, columns: Sequence[str]) -> list
             f"{data}: no column {missing[0]!r}; the columns are {', '.join(rows[0])}: name them "
             "with --text-field and --label-field"
         )
+    for number, row in enumerate(rows, start=1):
+        empty = next((name for name in columns if row.get(name) is None), None)
+        if empty is not None:
+            raise UserError(f"{data}: row {number} has no {empty!r}: fill it in or leave it out")
     return rows
 
 
@@ -106,6 +111,8 @@ def _read(data: str, glue_task: str | None, is_train: bool) -> list[Row]:
     datasets.disable_progress_bars()
     path = Path(data).expanduser()
     try:
+        if path.suffix == SUFFIX:
+            return list(read_json_lines(path))
         if path.suffix in READERS:
             rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         elif glue_task is not None:
@@ -113,6 +120,8 @@ def _read(data: str, glue_task: str | None, is_train: bool) -> list[Row]:
             rows = datasets.load_dataset("nyu-mll/glue", glue_task, split=split)
         else:
             rows = datasets.load_dataset(data, split="train" if is_train else "validation")
+    except UserError:
+        raise
     except Exception as error:  # readers and the hub raise many types; all mean "not to be had"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

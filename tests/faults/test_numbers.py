@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llm_vtrans.command import run_command
 from llm_vtrans.prune import prune
@@ -29,3 +30,24 @@ def test_a_rate_that_overflows_is_named(
     assert "nan" in line and "lower --learning-rate" in line
     assert not (work / "out" / "config.json").exists()
     tally.survived("learning rate", line)
+
+
+def grow(work: Path, factor: float) -> None:
+    """Weights that are finite themselves, but not what they compute."""
+    path = work / "model" / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            tensor *= factor
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float16", 3e4), ("bfloat16", 1e38)])
+def test_overflow_is_named_before_training(
+    work: Path, capsys: pytest.CaptureFixture[str], tally: Tally, dtype: str, factor: float
+) -> None:
+    grow(work, factor)
+    line = told(capsys, prune, flags(work, "--dtype", dtype))
+    assert dtype in line and "another --dtype" in line
+    assert not (work / "out").exists()
+    tally.survived("overflow", line)

@@ -1,0 +1,66 @@
+"""Ten thousand steps: memory and open files stay flat, the log and the metrics stay bounded."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Tally
+from tests.runs import flags, start, write_inputs
+
+NUM_STEPS = 10_000
+LOG_EVERY = 100
+WARM_UP = 2_000  # steps in which allocators and caches reach their size
+SLOPE = 256  # KiB of resident memory per 1,000 steps: 10 MB in a run of 40,000
+LONGEST_LINE = 200  # bytes of the log for each logged step
+
+
+def last_step(metrics: Path) -> int:
+    """Of the lines that are whole."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def resident_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def slope(points: list[tuple[int, int]]) -> float:
+    """Least squares, per 1,000 steps."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    return 1000 * covariance / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_steps(tmp_path: Path, tally: Tally) -> None:
+    """Watched from outside and killed in the last hundred steps; saved 200 times on the way."""
+    folder = write_inputs(tmp_path, num_paragraphs=4000)
+    more = ("--tune-share", "0.3", "--log-every", str(LOG_EVERY))
+    process = start(flags(folder, *more, samples=NUM_STEPS, batch_size=1))
+    metrics = folder / "out" / "state" / "metrics.jsonl"
+    points: list[tuple[int, int]] = []
+    files: set[int] = set()
+    while (step := last_step(metrics)) < NUM_STEPS - LOG_EVERY and process.poll() is None:
+        if step >= WARM_UP and (not points or step > points[-1][0]):
+            points.append((step, resident_kib(process.pid)))
+            files.add(len(os.listdir(f"/proc/{process.pid}/fd")))
+        time.sleep(0.05)
+    process.kill()
+    output, errors = process.communicate()
+    assert errors == "" and len(points) > 50, errors
+    found = slope(points)
+    print(f"resident memory: {found:+.1f} KiB per 1,000 steps, at the end {points[-1][1]} KiB")
+    print(f"open files: {sorted(files)}; log: {len(output)} bytes")
+    assert found < SLOPE, points
+    assert max(files) - min(files) <= 1  # one is open while a state or a record is written
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(LOG_EVERY, steps[-1] + 1, LOG_EVERY))
+    assert len(output) < LONGEST_LINE * (len(steps) + 20)
+    tally.survived("soak: steps", num_cases=steps[-1])
