@@ -6,6 +6,7 @@ Every linear layer but the output head gets `W + (alpha / r) B A`, of which `A (
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -61,7 +62,8 @@ def with_adapters(model: PreTrainedModel, seed: int) -> Any:
     from peft import LoraConfig, LoraModel
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft tells of transposed storage, which it handles
         torch.manual_seed(seed)  # the same on every rank
         tuner = LoraModel(model, config, ADAPTER)
     for layer in _layers(tuner):
