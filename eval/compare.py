@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--methods {unknown[0]}: choose all, baselines or of {', '.join(methods)}")
     for name in args.recover:
         if name != NO_RECOVERY:
-            recovery_for(name)
+            recovery_for(name).check()
     is_embedded = args.model == EMBEDDED
     args.data = args.data or (EMBEDDED if is_embedded else "wikitext2")
     args.texts = args.texts or ([EMBEDDED] if is_embedded else ["wikitext2", "general"])
@@ -162,12 +162,17 @@ def plan_cells(args: argparse.Namespace, settings: Settings, source: Source) -> 
     for name in args.methods:
         method = method_of(name, settings)
         for recovery in dict.fromkeys(args.recover):
-            if recovery != NO_RECOVERY and not method.is_plain:
-                continue  # its function is no plain network that recovery knows
+            if not (recovery == NO_RECOVERY or method.is_plain or is_general(recovery)):
+                continue  # its function is no plain network that this recovery knows
             for layout in layouts[:1] if method.is_uniform else layouts:
                 for sparsity in args.sparsity:
                     for seed, digest in inputs.items():
                         yield Cell(name, sparsity, layout, recovery, seed, checkpoint, digest)
+
+
+def is_general(recovery: str) -> bool:
+    """Whether a recovery works on any network."""
+    return recovery_for(recovery).IS_GENERAL
 
 
 def compute(cell: Cell, settings: Settings) -> str | None:

@@ -19,6 +19,7 @@ BUDGETS = ("sparsity", "params")  # they exclude each other
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 VARIANTS = ("faster", "fast", "vtrans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RECOVERIES = ("none", "least-squares", "lora", "full")
 LOAD_FORMS = ("full", "4bit", "8bit")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
@@ -161,6 +162,15 @@ class PruneArguments:
     masks: str | None = _option(
         None, "Earlier run whose trained masks serve this budget, instead of training."
     )
+    recover: str = _option(
+        "none",
+        "What the exported network learns from the dense one. least-squares: closed form, layer by "
+        "layer. lora: low-rank adapters, merged (extra `recover`). full: all weights.",
+        RECOVERIES,
+    )
+    recover_steps: int = _option(
+        0, "Steps of --recover lora or full. 0, the default: as many as make up 1,048,576 tokens."
+    )
     output: str | None = _option(None, "Folder of the result. Default runs/MODEL-BUDGET.")
     overwrite: bool = _option(False, "Replace an earlier result in --output.")
     shard_size: str = _option("5GB", "Largest shard of the pruned checkpoint.")
@@ -186,7 +196,12 @@ class PruneArguments:
                 "parameters that is removed, so 0.3 keeps 70%"
             )
         self._check_variant()
-        for name in ("samples", "batch_size"):
+        if self.recover_steps and self.recover not in ("lora", "full"):
+            raise UserError(
+                f"--recover-steps {self.recover_steps} belongs to --recover lora or full, not to "
+                f"{self.recover}: leave it out"
+            )
+        for name in ("samples", "batch_size", "recover_steps"):
             self._at_least(name, 0)
         for name in ("gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
@@ -253,6 +268,11 @@ class PruneArguments:
     def trains_weights(self) -> bool:
         """Whether the variant trains the weights."""
         return self.variant != "faster"
+
+    @property
+    def recovers(self) -> bool:
+        """Whether anything follows export."""
+        return self.recover != "none"
 
     @property
     def fraction(self) -> float:

@@ -41,7 +41,7 @@ def flags_of(run: Path) -> Sequence[str]:
     settings = RunRecord.read(run).manifest.get("settings")
     if not isinstance(settings, dict):
         raise UserError(f"{run / MANIFEST_FILE}: has no settings; name a folder that prune wrote")
-    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "tune_share"}
+    left_out = {*CALL_FIELDS, *BUDGETS, "masks", "tune_share", "recover", "recover_steps"}
     names = [f.name for f in fields(PruneArguments) if f.name not in left_out]
     # One word each, so that no value can be taken for another flag.
     flags = [f"--{name}={settings[name]}" for name in names if settings.get(name) is not None]

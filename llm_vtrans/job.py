@@ -53,6 +53,8 @@ from llm_vtrans.planning import (
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.quantised import FULL, check_form
 from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
+from llm_vtrans.recovering import check_recoverable, check_recovery, recover_checkpoint
+from llm_vtrans.recovery_training import default_steps
 from llm_vtrans.reporting import METRICS_FILE, Reporter
 from llm_vtrans.reuse import reused_masks
 from llm_vtrans.rotation import principal_basis, rotate_model
@@ -149,12 +151,14 @@ class Job:
         set_seed(args.seed)
         check_form(args.load_in, accelerator)
         check_trainable(args, accelerator)
+        check_recovery(args, accelerator)
         reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
         resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
         output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)
+        check_recoverable(args, source)
         seq_len = window_length(args, source)
         args = args.filled(seq_len, accelerator.num_processes)
         problem = make_problem(args, source, accelerator.device)
@@ -164,12 +168,12 @@ class Job:
         with reporter.phase("calibration"):
             data = task_data(args, source, seq_len)
         settings = training_settings(args, accelerator.num_processes)
-        reporter.num_steps = settings.num_steps
         job = cls(
             args, accelerator, reporter, source, problem.architecture, problem, settings, data,
             output, preemption,
         )  # fmt: skip
         job.saved = job._saved_state()
+        reporter.num_steps = settings.num_steps + job.recovery_steps
         return job
 
     @property
@@ -181,6 +185,14 @@ class Job:
     def uses_rotation(self) -> bool:
         """Whether the residual stream is rotated before masks are trained."""
         return rotates(self.args, self.source)
+
+    @property
+    def recovery_steps(self) -> int:
+        """Steps that train the exported network."""
+        if self.args.recover not in ("lora", "full"):
+            return 0
+        batch = self.args.global_batch(self._num_ranks)
+        return self.args.recover_steps or default_steps(batch, self.seq_len)
 
     @cached_property
     def macs(self) -> Cost:
@@ -203,12 +215,17 @@ class Job:
             f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
             f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
             f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
-            f"{dtype_name(self.dtype)}\nresult in {args.output_folder()}"
+            f"{dtype_name(self.dtype)}{self._recovery_line}\nresult in {args.output_folder()}"
         )
         if args.json and args.dry_run and self.accelerator.is_main_process:
             plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
                     "layout": args.layout, "steps": self.settings.num_steps}  # fmt: skip
             print(json.dumps(plan))
+
+    @property
+    def _recovery_line(self) -> str:
+        steps = f" for {self.recovery_steps} steps" if self.recovery_steps else ""
+        return f"\nrecover by {self.args.recover}{steps}" if self.args.recovers else ""
 
     @property
     def _num_ranks(self) -> int:
@@ -441,7 +458,7 @@ class Job:
                 self.accelerator,
                 self.settings,
                 first_step,
-                self._report,
+                self.report,
                 save,
                 self.preemption,
             )
@@ -451,7 +468,7 @@ class Job:
             self.accelerator.end_training()
         self.preemption.check()
 
-    def _report(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         """Tells of a logged step wherever it is to be told."""
         self.reporter.progress(self.output.path / STATE_FOLDER, progress)
         self.accelerator.log(progress.metrics, step=progress.step)
@@ -471,8 +488,10 @@ class Job:
             del self.masked, self.distillation
             self.accelerator.free_memory()  # the dense model goes before its successor is loaded
             written = Path(broadcast_object_list([str(folder)])[0])
-            if is_main or is_partitioned(self.accelerator):
-                self._score(written)
+            if self.args.recovers:
+                hashes = recover_checkpoint(self, written, hashes)
+                self.accelerator.free_memory()
+            self.score(written, "pruned")
             if is_main:
                 metrics = self.output.path / STATE_FOLDER / METRICS_FILE
                 self.manifest = write_record(self, folder, hashes, metrics)
@@ -516,17 +535,20 @@ class Job:
         with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
             yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
 
-    def _score(self, folder: Path) -> None:
-        """Measures what was written as a user would load it."""
+    def score(self, folder: Path, name: str) -> None:
+        """Measures what was written as a user would load it, on rank zero unless all hold it."""
+        if not (self.accelerator.is_main_process or is_partitioned(self.accelerator)):
+            return
         with self.reporter.phase("score"):
             pruned = self.source.auto_class.from_pretrained(
                 folder, dtype=self.dtype, trust_remote_code=False
             )
             attach(self.accelerator, pruned)
             pruned.to(self.accelerator.device)
-            self.scores["pruned"] = self.data.evaluate(pruned, self.args.batch_size)
-            self.perplexity["pruned"] = self.scores["pruned"][self.data.headline]
-            self._time("pruned", pruned)
+            self.scores[name] = self.data.evaluate(pruned, self.args.batch_size)
+            self.perplexity[name] = self.scores[name][self.data.headline]
+            if name == "pruned":
+                self._time(name, pruned)
 
     def _time(self, name: str, model: PreTrainedModel) -> None:
         """Times a pass of one sequence where both networks lie whole in one dtype and device."""

@@ -150,14 +150,17 @@ def figures(manifest: dict[str, Any]) -> str:
 
     size, macs = manifest["bytes"], manifest["macs"]
     params, scores = manifest["params"], manifest["scores"]
+    exported = scores.get("exported", {})  # before recovery
     return table(
         [
             ("", "dense", "pruned", "ratio"),
             row("parameters", params["before"], params["after"], "{:,}"),
             row(f"MACs ({macs['seq_len']} tokens)", macs["before"], macs["after"], "{:,}"),
             *(
-                row(name.replace("_", "-"), before, scores["pruned"][name], "{:.3f}")
+                row(name.replace("_", "-") + ending, before, found[name], "{:.3f}")
                 for name, before in scores["dense"].items()
+                for ending, found in ((" before recovery", exported), ("", scores["pruned"]))
+                if name in found
             ),
             *(
                 row(f"latency, {name}", pair["dense"], pair["pruned"], "{:.3f}")

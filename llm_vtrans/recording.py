@@ -40,10 +40,11 @@ RESULT_KEYS = (  # of the manifest, in the order in which --json prints them
     "kept", "phases",
 )  # fmt: skip
 METHODS = {"faster": "faster-vtrans", "fast": "fast-vtrans", "vtrans": "vtrans"}
+RECOVERY_SETTINGS = ("recover", "recover_steps")  # a stage that begins anew
 FREE_SETTINGS = {  # a resumed run may have others
     "config", "output", "overwrite", "resume", "dry_run", "save_every", "log_every", "quiet",
     "json", "shard_size", "export_dtype", "batch_size", "gradient_accumulation",
-    "gradient_checkpointing", "track",
+    "gradient_checkpointing", "track", *RECOVERY_SETTINGS,
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def finished_manifest(args: PruneArguments) -> dict[str, Any] | None:
     except UserError:  # something else lies there, which the check of the folder tells
         return None
     found, now = manifest["settings"], deciding_settings(args)
+    now |= {name: getattr(args, name) for name in RECOVERY_SETTINGS}
     if not now["samples"]:  # the default, which is known with the model only
         del now["samples"]
     is_same = all(found[name] == now[name] for name in found.keys() & now.keys())
@@ -147,6 +149,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
             "protocol": job.data.protocol,
             "windows_sha256": windows_sha256(job.data.heldout.tensors["input_ids"]),
         },
+        "recovery": {"method": args.recover, "steps": job.recovery_steps},
         "headline": job.data.headline,
         "scores": job.scores,
         "settings": {**asdict(args), "steps": job.settings.num_steps},

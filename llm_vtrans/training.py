@@ -22,6 +22,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Batch, Examples, collate
 
+WARMUP_SHARE = 0.05  # of a stage whose weights are not fresh
 BUCKET = 2**24  # gradients averaged over the ranks at a time
 UNSTABLE = "start again with --overwrite and a lower --learning-rate (the last saved state stays)"
 
@@ -67,10 +68,11 @@ class Objective(nn.Module):
 
     `stage` is the range of global steps that the stage covers. `forward(batch,
     micro_batch, step)` gives the terms of one micro-batch, each of shape `()`, among
-    them `loss`.
+    them `loss`. `remedy` is what to do where a term is no longer finite.
     """
 
     stage: range
+    remedy = UNSTABLE
 
     def progress(self, step: int) -> float:
         """Share of the stage that is done before a global step, in [0, 1)."""
@@ -153,13 +155,21 @@ def train(
         num_done = step + 1
         is_last = num_done == objective.stage.stop
         if num_done % settings.log_every == 0 or is_last:
-            report(meter.read(num_done, _collect(terms, accelerator, num_done)))
+            report(meter.read(num_done, _collect(terms, accelerator, num_done, objective.remedy)))
         is_stopped = preemption.agreed(accelerator)
         if num_done % settings.save_every == 0 or is_last or is_stopped:
             _check_finite(objective, num_done)
             save(num_done)
         if is_stopped:
             return
+
+
+def warm_up_and_decay(objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Sets every rate to its group's `peak`, reached after `WARMUP_SHARE`, then down to zero."""
+    warmup = max(1.0, WARMUP_SHARE * len(objective.stage))
+    rise = min(1.0, (step - objective.stage.start + 1) / warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rise * (1 - objective.progress(step))
 
 
 def _average_gradients(objective: nn.Module, accelerator: Accelerator) -> None:
@@ -191,17 +201,19 @@ class _Meter:
         return Progress(step, metrics, rate * self._tokens_per_step, eta)
 
 
-def _collect(terms: dict[str, Tensor], accelerator: Accelerator, step: int) -> dict[str, float]:
+def _collect(
+    terms: dict[str, Tensor], accelerator: Accelerator, step: int, remedy: str
+) -> dict[str, float]:
     names = list(terms)
     values: Any = accelerator.reduce(torch.stack([terms[n].detach() for n in names]), "mean")
     metrics = dict(zip(names, values.tolist(), strict=True))
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(f"step {step}: {name} is {value}; {UNSTABLE}")
+            raise UserError(f"step {step}: {name} is {value}; {remedy}")
     return metrics
 
 
-def _check_finite(objective: nn.Module, step: int) -> None:
+def _check_finite(objective: Objective, step: int) -> None:
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise UserError(f"step {step}: {name} became NaN or infinite; {UNSTABLE}")
+            raise UserError(f"step {step}: {name} became NaN or infinite; {objective.remedy}")

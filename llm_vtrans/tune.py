@@ -9,9 +9,7 @@ from torch import Tensor
 
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.tasks.encoding import Batch
-from llm_vtrans.training import Objective, TrainingSettings
-
-WARMUP_SHARE = 0.05
+from llm_vtrans.training import Objective, TrainingSettings, warm_up_and_decay
 
 
 class TuneObjective(Objective):
@@ -51,7 +49,4 @@ class TuneObjective(Objective):
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warms up, then decays linearly to zero."""
-        warmup = max(1.0, WARMUP_SHARE * len(self.stage))
-        rise = min(1.0, (step - self.stage.start + 1) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rise * (1 - self.progress(step))
+        warm_up_and_decay(self, optimizer, step)

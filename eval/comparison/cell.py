@@ -31,12 +31,14 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.loading import Source, load_model, load_tokenizer, open_source
 from llm_vtrans.output_folder import atomic_write_text
 from llm_vtrans.recovery import recovery_for
+from llm_vtrans.recovery_training import RecoveryRun
 from llm_vtrans.reporting import peak_rss, versions
 from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.tasks.encoding import Examples
 
 DENSE, OURS, NO_RECOVERY = "dense", "ours", "none"
 SCRATCH_PREFIX = ".scratch-"
-SELECTION_WINDOWS = 128  # of the calibration windows, that one-shot methods and recovery see
+SELECTION_WINDOWS = 128  # of the calibration windows, that one-shot methods see
 CHOICE_WINDOWS = 32  # the next ones, on which they choose among candidates
 
 
@@ -180,7 +182,7 @@ def _measure(cell: Cell, settings: Settings) -> dict[str, Any]:
             pruned = method.prune(case)
             model, num_params = pruned.model, pruned.num_params
             if cell.recovery != NO_RECOVERY:
-                model = _recover(cell.recovery, case, pruned)
+                model = _recover(cell.recovery, case, pruned, tokens["train"])
             macs, details = _macs(pruned, settings.context_length), _details(pruned)
     seconds = time.perf_counter() - start + details.pop("earlier_seconds", 0.0)
     peak = max(peak_rss(), details.pop("earlier_peak_rss", 0))
@@ -195,9 +197,12 @@ def _measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _recover(name: str, case: Case, pruned: Pruned) -> PreTrainedModel:
+def _recover(name: str, case: Case, pruned: Pruned, windows: Tensor) -> PreTrainedModel:
+    """Recovers a model in memory, on all calibration windows."""
     dense = load_model(case.source, torch.float32, case.device)
-    model = recovery_for(name)(dense, pruned.model, pruned.pruning, case.windows)
+    run = RecoveryRun.alone(windows.shape[1], case.seed)
+    examples = Examples({"input_ids": windows})
+    model = recovery_for(name).recover(dense, pruned.model, pruned.pruning, examples, run)
     return round_weights(model, next(iter(case.source.checkpoint.tensors.values())).dtype)
 
 

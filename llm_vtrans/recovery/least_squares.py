@@ -31,7 +31,11 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning
 from llm_vtrans.families.base import Axis, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.recovery_training import RecoveryRun
+from llm_vtrans.tasks.encoding import Examples
 
+IS_FLOAT32, IS_GENERAL, RUNS_SLICED = True, False, False
+NUM_WINDOWS = 128  # whose streams are held; a few hundred suffice (METHOD, section 7)
 MAX_BATCH_SIZE = 8  # windows in a forward pass
 HELDOUT_SHARE = 8  # one batch in so many chooses the ridge
 RIDGES = tuple(10.0**power for power in range(-6, 3))  # of the mean diagonal of Xp Xp^T
@@ -137,24 +141,24 @@ class _Writer:
         weight.copy_(solution.T if self._is_transposed else solution)
 
 
+def check() -> None:
+    """Nothing is needed that is not there."""
+
+
 @torch.no_grad()
 def recover(
-    dense: PreTrainedModel, pruned: PreTrainedModel, pruning: Pruning, windows: Tensor
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    pruning: Pruning,
+    examples: Examples,
+    run: RecoveryRun | None = None,
 ) -> PreTrainedModel:
     """Solves every matrix that writes to the stream inside the layers, first to last.
 
-    Args:
-        dense: the network before pruning, in its own basis.
-        pruned: the exported network, changed in place.
-        pruning: what was exported: kept units, gates, rotation.
-        windows: calibration tokens `(num_windows, seq)`; some choose the ridges.
-
-    Returns:
-        `pruned`.
-
-    Raises:
-        UserError: too few windows to set some apart.
+    The first `NUM_WINDOWS` calibration windows serve, some to choose the ridges; nothing is
+    trained, so that `run` is not used. As `llm_vtrans.recovery.Recover`.
     """
+    windows = examples.tensors["input_ids"][:NUM_WINDOWS]
     dense.eval()
     pruned.eval()
     device = next(pruned.parameters()).device

@@ -217,6 +217,7 @@ def layouts(record: RunRecord) -> str:
         "dense": "dense model",
         "hardened": "hard masks on the dense model",
         "tuned": "the same after tuning",
+        "exported": "exported model, before recovery",
         "pruned": "exported model, loaded again",
         "other_layout": "the same masks in the other layout",
     }

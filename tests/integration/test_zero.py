@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.test_recover import recovering
 from tests.integration.test_two_ranks import GLOBAL_BATCH, NUM_STEPS, TWO_RANKS
-from tests.runs import ROOT, finish, flags, write_inputs
+from tests.runs import ROOT, finish, flags, start, write_inputs
+from tests.unit.test_recovery import needs_peft
 
 HALF = GLOBAL_BATCH // 2
+RECOVERIES = ("lora", "full")
 SET_UPS = {  # name -> DeepSpeed configuration, further flags
     "2 ranks": (None, ()),
     "ZeRO-1": ("zero1", ()),
@@ -75,3 +78,42 @@ def test_same_masks(name: str, one_rank: dict[str, torch.Tensor], tmp_path: Path
     for key in found:
         if key.startswith(("mu.", "log_var.")):
             torch.testing.assert_close(found[key], one_rank[key], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights after each recovery on one rank."""
+    found = {}
+    for name in RECOVERIES:
+        folder = write_inputs(tmp_path_factory.mktemp(name))
+        finish(recovering(folder, name, "--gradient-accumulation", "2"))
+        found[name] = load_file(folder / "out" / "model.safetensors")
+    return found
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("name", "recovery"),
+    [("zero1", "lora"), ("zero2", "lora"), ("zero3", "lora"), ("zero1", "full"), ("zero2", "full")],
+)
+def test_same_recovery(
+    name: str, recovery: str, recovered: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = write_inputs(tmp_path)
+    with deepspeed(name, folder):
+        finish(recovering(folder, recovery), *TWO_RANKS)
+    found = load_file(folder / "out" / "model.safetensors")
+    assert found.keys() == recovered[recovery].keys()
+    for key, weight in recovered[recovery].items():
+        torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("recovery", ["full", "least-squares"])
+def test_whole_weights_are_refused_in_slices(recovery: str, tmp_path: Path) -> None:
+    folder = write_inputs(tmp_path)
+    with deepspeed("zero3", folder):
+        process = start(recovering(folder, recovery), *TWO_RANKS)
+        _, errors = process.communicate()
+    assert process.returncode != 0
+    assert f"error: --recover {recovery} under ZeRO-3" in errors and "lora" in errors
+    assert not (folder / "out").exists()

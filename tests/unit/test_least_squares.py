@@ -17,9 +17,11 @@ from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.recovery import recovery_for
 from llm_vtrans.recovery.least_squares import Moments, recover, solve
 from llm_vtrans.rotation import Basis, rotated_architecture
+from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WINDOWS = torch.randint(VOCAB_SIZE, (16, 24), generator=torch.Generator().manual_seed(1))
+EXAMPLES = Examples({"input_ids": WINDOWS})
 
 
 def moments(inputs: torch.Tensor, targets: torch.Tensor) -> Moments:
@@ -100,7 +102,7 @@ def test_recovers_exactly_when_the_inputs_suffice(tmp_path: Path) -> None:
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
     with torch.no_grad():
         expected, before = dense(WINDOWS).logits, pruned(WINDOWS).logits
-        after = recover(dense, pruned, pruning, WINDOWS)(WINDOWS).logits
+        after = recover(dense, pruned, pruning, EXAMPLES)(WINDOWS).logits
     scale = expected.abs().max()
     assert (before - expected).abs().max() > 0.05 * scale
     assert (after - expected).abs().max() < 1e-3 * scale
@@ -133,7 +135,7 @@ def test_first_matrix_error_falls(tmp_path: Path, name: str, basis: bool, hidden
     target = target * (hidden / 24) ** 0.5
     before = (attention(pruned) - target).square().sum()
     with torch.no_grad():
-        recover(dense, pruned, pruning, WINDOWS)
+        recover(dense, pruned, pruning, EXAMPLES)
     assert (attention(pruned) - target).square().sum() < 0.97 * before
 
 
@@ -143,7 +145,7 @@ def test_unpruned_model_stays_as_it_is(tmp_path: Path) -> None:
     keep = {name: value.bool() for name, value in gate.items() if name != "layers"}
     whole = Pruning(pruning.source, pruning.architecture, PrunePlan(keep, gate))
     copy = AutoModelForCausalLM.from_pretrained(pruning.source.folder, dtype=torch.float32)
-    recover(dense, copy, whole, WINDOWS)
+    recover(dense, copy, whole, EXAMPLES)
     with torch.no_grad():
         difference = (copy(WINDOWS).logits - dense(WINDOWS).logits).abs().max()
     assert difference < 1e-4 * dense(WINDOWS).logits.abs().max()
