@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -23,7 +23,7 @@ from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel, logits_of
 from llm_vtrans.budget import Cost, mac_cost
-from llm_vtrans.candidates import choose
+from llm_vtrans.choosing import Chooser, hard_gates
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
@@ -369,37 +369,22 @@ class Job:
             if self.uses_rotation:
                 batches = self._first_batches(ROTATION_WINDOWS)
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
-            loss = self._plan_loss()
+            chooser = Chooser(
+                self.distillation, self.masks, self._first_batches(CHOICE_EXAMPLES), oblique,
+                self.head_basis,
+            )  # fmt: skip
 
             def best(problem: Problem, name: str) -> PrunePlan:
-                plan, _ = choose(self.masks, problem, loss, oblique)
-                self._use(plan)
+                plan = chooser.choose(problem)
+                chooser.use(plan)
                 self.perplexity[name] = self._heldout(self.masked.model)
-                return replace(plan, basis=self.head_basis)
+                return plan
 
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 best(other, "other_layout")
             self.plan = best(self.problem, "hardened")
             self.masked.set_gates(None)
-
-    def _use(self, plan: PrunePlan) -> None:
-        """Makes the network what a plan makes of it, until gates or maps are set again."""
-        self.tuning.start(plan.maps)
-        self.masked.set_gates(self._hard_gates(replace(plan, basis=self.head_basis)))
-
-    def _plan_loss(self) -> Callable[[PrunePlan], float]:
-        """Distillation loss of a plan's hard-masked network on a few training batches."""
-        batches = self._first_batches(CHOICE_EXAMPLES)
-        taught = [self.distillation.teach(batch) for batch in batches]
-
-        @torch.no_grad()
-        def loss(plan: PrunePlan) -> float:
-            self._use(plan)
-            pairs = zip(batches, taught, strict=True)
-            return sum(float(self.distillation.loss(*pair)) for pair in pairs)
-
-        return loss
 
     def _found(self) -> dict[str, Tensor]:
         """What a run that is resumed in the last stage must know of those before.
@@ -423,12 +408,11 @@ class Job:
         if not self.settings.tune_steps:
             return
         sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
-        objective = TuneObjective(
-            self.distillation, self._hard_gates(self.plan), sparsity, self.settings
-        )
+        gates = hard_gates(self.plan, self.accelerator.device)
+        objective = TuneObjective(self.distillation, gates, sparsity, self.settings)
         with self.reporter.phase("tune"):
             self._train(objective, {**self._rotation(), **self._found()})
-            self.masked.set_gates(self._hard_gates(self.plan))
+            self.masked.set_gates(gates)
             self.perplexity["tuned"] = self._heldout(self.masked.model)
             self.masked.set_gates(None)
 
@@ -472,9 +456,6 @@ class Job:
         """Tells of a logged step wherever it is to be told."""
         self.reporter.progress(self.output.path / STATE_FOLDER, progress)
         self.accelerator.log(progress.metrics, step=progress.step)
-
-    def _hard_gates(self, plan: PrunePlan) -> dict[str, Tensor]:
-        return {name: gate.to(self.accelerator.device) for name, gate in plan.hard().items()}
 
     def _heldout(self, model: Any) -> float:
         return self.data.evaluate(model, self.args.batch_size)[self.data.headline]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm_vtrans.arguments import parse
+from llm_vtrans.choosing import hard_gates
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.job import Job
 from llm_vtrans.preemption import Preemption
@@ -67,7 +68,7 @@ def test_weights_are_trained_and_exported(inputs: Inputs, variant: str, layout: 
         assert changed == {name for name, p in after.items() if p.requires_grad}
         assert len(changed) >= len(after) - len([n for n in after if "norm" in n])
         before = {name: p.clone() for name, p in after.items()}
-    masked, gates = job.masked, job._hard_gates(job.plan)
+    masked, gates = job.masked, hard_gates(job.plan, torch.device("cpu"))
     job.export()
 
     out = inputs.folder / "out"

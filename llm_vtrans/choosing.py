@@ -1,0 +1,66 @@
+"""ALLOCATE, measured: candidates are compared by what their hard-masked networks lose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_vtrans.allocation import Problem, PrunePlan
+from llm_vtrans.candidates import choose
+from llm_vtrans.distillation import Distillation
+from llm_vtrans.head_basis import HeadBasis
+from llm_vtrans.masks import VIBMasks
+from llm_vtrans.oblique import ObliqueBasis
+from llm_vtrans.tasks.encoding import Batch
+
+
+class Chooser:
+    """Picks plans for one network with trained masks.
+
+    Args:
+        distillation: masked network and teacher.
+        masks: trained.
+        batches: on which plans are compared, the same on every rank.
+        oblique: another basis of the stream to try, where the family allows one.
+        head_basis: of the heads, where not all of their dimensions are kept.
+    """
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        masks: VIBMasks,
+        batches: Iterable[Batch],
+        oblique: ObliqueBasis | None,
+        head_basis: HeadBasis | None,
+    ):
+        self._distillation, self._masks = distillation, masks
+        self._taught = [(batch, distillation.teach(batch)) for batch in batches]
+        self._oblique, self._head_basis = oblique, head_basis
+
+    def choose(self, problem: Problem) -> PrunePlan:
+        """The candidate of least loss.
+
+        Raises:
+            UserError: even the smallest allowed model exceeds the budget.
+        """
+        plan, _ = choose(self._masks, problem, self._loss, self._oblique)
+        return replace(plan, basis=self._head_basis)
+
+    def use(self, plan: PrunePlan) -> None:
+        """Makes the network what a plan makes of it, until gates or maps are set again."""
+        masked = self._distillation.masked
+        masked.tuning.start(plan.maps)
+        masked.set_gates(hard_gates(plan, next(self._masks.parameters()).device))
+
+    @torch.no_grad()
+    def _loss(self, plan: PrunePlan) -> float:
+        self.use(replace(plan, basis=self._head_basis))
+        return sum(float(self._distillation.loss(*pair)) for pair in self._taught)
+
+
+def hard_gates(plan: PrunePlan, device: torch.device) -> dict[str, Tensor]:
+    """What the masked network multiplies by when a plan is fixed."""
+    return {name: gate.to(device) for name, gate in plan.hard().items()}
