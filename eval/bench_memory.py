@@ -25,11 +25,12 @@ sys.path[0] = str(ROOT)
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.allocation import Problem, allocate_scores
+from llm_vtrans.allocation import allocate_scores
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Axis, family_for
 from llm_vtrans.loading import load_model, open_source
+from llm_vtrans.problem import Problem
 from llm_vtrans.reporting import peak_rss, table
 from llm_vtrans.rotation import Basis
 from llm_vtrans.shard_writer import ShardWriter

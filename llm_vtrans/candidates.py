@@ -13,11 +13,12 @@ from itertools import product
 
 import torch
 
-from llm_vtrans.allocation import TOLERANCE, Problem, PrunePlan, allocate_scores, scores_and_gates
+from llm_vtrans.allocation import PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
+from llm_vtrans.problem import TOLERANCE, Problem
 
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)

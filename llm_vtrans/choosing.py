@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm_vtrans.allocation import Problem, PrunePlan
+from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.candidates import choose
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
+from llm_vtrans.problem import Problem
 from llm_vtrans.tasks.encoding import Batch
 
 

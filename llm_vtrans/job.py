@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llm_vtrans.allocation import Problem, PrunePlan, check_reachable
+from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel, logits_of
 from llm_vtrans.budget import Cost, mac_cost
@@ -51,6 +51,7 @@ from llm_vtrans.planning import (
     window_length,
 )
 from llm_vtrans.preemption import Preemption
+from llm_vtrans.problem import Problem, check_reachable
 from llm_vtrans.quantised import FULL, check_form
 from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
 from llm_vtrans.recovering import check_recoverable, check_recovery, recover_checkpoint

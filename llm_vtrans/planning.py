@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from llm_vtrans.allocation import Problem
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget import Budget, Limit, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture
 from llm_vtrans.families.base import head_of
 from llm_vtrans.loading import Source, load_tokenizer
+from llm_vtrans.problem import Problem
 from llm_vtrans.rotation import rotated_architecture
 from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise

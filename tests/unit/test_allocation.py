@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
-from llm_vtrans.allocation import Problem, PrunePlan, allocate, check_reachable
+from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Sublayer, family_for
 from llm_vtrans.families.base import UNIT_AXIS
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.problem import Problem, check_reachable
 from llm_vtrans.search import initial_shapes
 
 LAYERS, HIDDEN, FFN, HEADS = 6, 96, 404, 8  # 404 is no multiple of 8

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.allocation import Problem, allocate
+from llm_vtrans.allocation import allocate
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.candidates import candidates, choose
 from llm_vtrans.families import family_for
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.problem import Problem
 from llm_vtrans.search import initial_shapes
 
 ALL = ("hidden", "heads", "ffn", "layers")

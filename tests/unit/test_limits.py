@@ -9,7 +9,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from llm_vtrans.allocation import Problem, allocate
+from llm_vtrans.allocation import allocate
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import logits_of
 from llm_vtrans.errors import UserError
@@ -18,6 +18,7 @@ from llm_vtrans.head_basis import balanced_basis
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.planning import make_problem
+from llm_vtrans.problem import Problem
 from llm_vtrans.search import initial_shapes
 
 SEQ_LEN = 48
