@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.ranks import launch_options
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
 from llm_vtrans.zero3 import is_partitioned
@@ -59,7 +60,9 @@ def finetune_first(args: PruneArguments) -> PruneArguments:
 def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
     """Trains all weights on the task's own loss; returns the scores."""
     transformers_logging.set_verbosity_error()
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation, **launch_options()
+    )
     if is_partitioned(accelerator):
         raise UserError(
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
