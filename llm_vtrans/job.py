@@ -7,14 +7,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -53,6 +52,7 @@ from llm_vtrans.planning import (
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.problem import Problem, check_reachable
 from llm_vtrans.quantised import FULL, check_form
+from llm_vtrans.ranks import launch_options
 from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
 from llm_vtrans.recovering import check_recoverable, check_recovery, recover_checkpoint
 from llm_vtrans.recovery_training import default_steps
@@ -84,7 +84,6 @@ from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
-EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 SCORE = "score."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
@@ -145,9 +144,9 @@ class Job:
         transformers_logging.disable_progress_bar()
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)],
             log_with=trackers(args),
             project_dir=args.output_folder().parent / TRACKING_FOLDER,
+            **launch_options(),
         )
         set_seed(args.seed)
         check_form(args.load_in, accelerator)

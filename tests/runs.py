@@ -37,8 +37,9 @@ def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
     }
+    if "ACCELERATE_USE_DEEPSPEED" not in environment:  # the other would switch DeepSpeed off
+        environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
         [sys.executable, *launcher, ENTRY, *arguments],
         cwd=ROOT,
