@@ -61,7 +61,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     return result(folder)
 
 
-@pytest.mark.parametrize("name", SET_UPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if ", " in name else ()) for name in SET_UPS],
+)
 def test_same_masks(name: str, one_rank: dict[str, torch.Tensor], tmp_path: Path) -> None:
     config, more = SET_UPS[name]
     folder = write_inputs(tmp_path)
@@ -92,6 +95,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, t
 
 
 @needs_peft
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recovery"),
     [("zero1", "lora"), ("zero2", "lora"), ("zero3", "lora"), ("zero1", "full"), ("zero2", "full")],
