@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ pytestmark = [
     pytest.mark.deepspeed,
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed library"
+    ),
+    pytest.mark.skipif(
+        shutil.which("g++") is None, reason="DeepSpeed compiles its collectives: needs g++"
     ),
 ]
 
