@@ -250,7 +250,7 @@ def load_model(
     model.requires_grad_(False)
     fill_model(model, Weights(source, architecture, form=form), dtype, device)
     model.tie_weights()
-    widen_where_slow(model, dtype, device)
+    widen_where_slow(model, device)
     model.to(device)  # type: ignore[arg-type]  # the buffers; transformers types this wrongly
     return model.eval()
 

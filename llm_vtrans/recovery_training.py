@@ -148,10 +148,9 @@ def distil(
         Preempted: a signal asked the run to go.
     """
     accelerator, settings = run.accelerator, run.settings
-    device = accelerator.device
     teacher.requires_grad_(False).eval()
     student.eval()
-    widen_where_slow(student, run.dtype, device)
+    widen_where_slow(student, accelerator.device)
     if run.recomputes:
         _recompute(student)
     lesson = Lesson(teacher, student, run.dtype)

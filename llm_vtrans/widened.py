@@ -42,15 +42,18 @@ class WidenedLinear(nn.Linear):
         return product
 
 
-def widen_where_slow(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Turns the linear layers of a frozen model into `WidenedLinear` where this processor gains.
+def widen_where_slow(model: nn.Module, device: torch.device) -> None:
+    """Turns frozen linear layers in half precision into `WidenedLinear` where that is faster.
 
     Args:
-        model: its layers change class in place; quantised ones do not.
-        dtype: of its weights.
+        model: its layers change class in place; quantised ones and those that train do not.
         device: that computes.
     """
-    if device.type == "cpu" and dtype in IS_SUPPORTED and not IS_SUPPORTED[dtype]():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = WidenedLinear
+    if device.type != "cpu":
+        return
+    slow = {dtype for dtype, is_supported in IS_SUPPORTED.items() if not is_supported()}
+    for module in model.modules():
+        if type(module) is not nn.Linear or module.weight.requires_grad:
+            continue
+        if module.weight.dtype in slow:
+            module.__class__ = WidenedLinear

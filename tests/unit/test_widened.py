@@ -24,7 +24,7 @@ def test_rounds_only_the_result(
     layer = nn.Linear(24, 40, bias=has_bias, dtype=dtype).requires_grad_(False)
     wide = nn.Linear(24, 40, bias=has_bias).requires_grad_(False)
     wide.load_state_dict({name: value.float() for name, value in layer.state_dict().items()})
-    widen_where_slow(layer, dtype, CPU)
+    widen_where_slow(layer, CPU)
     assert type(layer) is WidenedLinear
     x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
     x_wide = x.detach().float().requires_grad_()
@@ -35,6 +35,16 @@ def test_rounds_only_the_result(
     assert torch.equal(out, out_wide.to(dtype))
     assert x.grad is not None and x_wide.grad is not None
     assert torch.equal(x.grad, x_wide.grad.to(dtype))
+
+
+def test_trained_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of weights are none of a widened layer's business: float32 ones need none of it."""
+    monkeypatch.setitem(widened.IS_SUPPORTED, torch.bfloat16, lambda: False)
+    kinds = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+    for dtype, is_trained in kinds:
+        layer = nn.Linear(3, 4, dtype=dtype).requires_grad_(is_trained)
+        widen_where_slow(layer, CPU)
+        assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize("is_supported", [True, False])
