@@ -21,7 +21,7 @@ from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Subla
 from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks, keep_probability
 from llm_vtrans.problem import Problem, check_reachable
-from llm_vtrans.shape_choice import choose_free, choose_uniform
+from llm_vtrans.shape_choice import Ranking, choose_free, choose_uniform
 
 REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes
 
@@ -122,7 +122,7 @@ def allocate_scores(
         present = _restore_one(present, scores)
     benefits = _benefits(full, problem)
     choose = choose_uniform if problem.is_uniform else choose_free
-    while (shape := choose(full, benefits, present, pruned, problem)) is None:
+    while (shape := choose(Ranking(full, benefits, present, pruned), problem)) is None:
         present = _drop_one(present, scores, problem)
     gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
     gates = {name: gate.contiguous() for name, gate in gates.items()}

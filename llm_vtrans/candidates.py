@@ -6,12 +6,14 @@ hard-masked network is the truth, and a forward pass of a few batches tells it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
@@ -45,9 +47,10 @@ def candidates(
     if oblique is None or Axis.HIDDEN not in masks.names():
         yield from _neighbours(masks, problem)
         return
+    maps = cache(oblique.maps)  # candidates share sizes
     for plan in (*_neighbours(masks, problem), *_hidden_alone(problem)):
         yield plan
-        yield _in_basis(plan, oblique)
+        yield _in_basis(plan, maps(plan.shape.hidden))
 
 
 def _hidden_alone(problem: Problem) -> Iterator[PrunePlan]:
@@ -57,14 +60,13 @@ def _hidden_alone(problem: Problem) -> Iterator[PrunePlan]:
         yield allocate_scores({Axis.HIDDEN: order}, {}, problem)
 
 
-def _in_basis(plan: PrunePlan, oblique: ObliqueBasis) -> PrunePlan:
-    size = plan.shape.hidden
-    keep = torch.arange(len(plan.keep[Axis.HIDDEN])) < size
+def _in_basis(plan: PrunePlan, maps: Mapping[str, Tensor]) -> PrunePlan:
+    keep = torch.arange(len(plan.keep[Axis.HIDDEN])) < plan.shape.hidden
     return replace(
         plan,
         keep={**plan.keep, Axis.HIDDEN: keep},
         gate={**plan.gate, Axis.HIDDEN: torch.ones(len(keep))},
-        maps=oblique.maps(size),
+        maps=maps,
     )
 
 

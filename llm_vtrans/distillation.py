@@ -13,6 +13,14 @@ from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 
 
+def recompute(model: Any) -> None:
+    """Makes a model of the library keep only each layer's input, in evaluation mode too."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # it only recomputes then; dropout below stays off
+
+
 class Distillation(nn.Module):
     """A student with its teacher.
 
@@ -29,10 +37,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.masked = masked
         if recomputes:
-            masked.model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in masked.model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True  # it only recomputes then; dropout below stays off
+            recompute(masked.model)
 
     def teach(self, inputs: Batch) -> Tensor:
         """The teacher's outputs, which carry no gradient; no gates are in force afterwards."""

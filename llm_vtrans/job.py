@@ -407,7 +407,7 @@ class Job:
         """Trains the network for the units that stay."""
         if not self.settings.tune_steps:
             return
-        sparsity = 1 - self.problem.cost.of(self.plan.shape) / self.problem.budget.dense
+        sparsity = self.problem.sparsity(self.plan.shape)
         gates = hard_gates(self.plan, self.accelerator.device)
         objective = TuneObjective(self.distillation, gates, sparsity, self.settings)
         with self.reporter.phase("tune"):
@@ -434,7 +434,7 @@ class Job:
             if self.accelerator.is_main_process:
                 save_state(self.output.path, step, objective, optimizer, record, self._fingerprint)
 
-        with self.preemption.deferred():
+        with self.preemption.deferred(self.accelerator):
             train(
                 objective,
                 optimizer,
@@ -446,8 +446,6 @@ class Job:
                 save,
                 self.preemption,
             )
-            self.preemption.agreed(self.accelerator)  # a signal in the last step reaches all
-            self.accelerator.wait_for_everyone()
         if self.preemption.received is not None:
             self.accelerator.end_training()
         self.preemption.check()

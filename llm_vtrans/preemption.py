@@ -48,11 +48,16 @@ class Preemption:
             self.check()
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Signals only leave their name here; `agreed` tells of them between two steps."""
+    def deferred(self, accelerator: Accelerator) -> Iterator[None]:
+        """Signals only leave their name here; `agreed` tells of them between two steps.
+
+        The ranks leave together, and know of a signal that one of them had in the last step.
+        """
         self._is_deferred = True
         try:
             yield
+            self.agreed(accelerator)
+            accelerator.wait_for_everyone()
         finally:
             self._is_deferred = False
 

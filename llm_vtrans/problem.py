@@ -47,6 +47,10 @@ class Problem:
         """All that must hold."""
         return (Limit(self.cost, self.budget), *self.also)
 
+    def sparsity(self, shape: Shape) -> float:
+        """Share that a model of this shape saves of what the budget counts."""
+        return 1 - self.cost.of(shape) / self.budget.dense
+
     @property
     def is_coupled(self) -> bool:
         """Whether heads times their width must be the hidden size."""

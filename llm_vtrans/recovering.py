@@ -122,7 +122,7 @@ def _pruning(job: Job) -> Pruning:
 
 def _run(job: Job) -> RecoveryRun:
     first = job.settings.num_steps
-    sparsity = 1 - job.problem.cost.of(job.plan.shape) / job.problem.budget.dense
+    sparsity = job.problem.sparsity(job.plan.shape)
 
     def report(progress: Progress) -> None:
         metrics = {**progress.metrics, "sparsity": sparsity, "target": sparsity}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_vtrans.attachment import logits_of
+from llm_vtrans.distillation import recompute
 from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks import training_order
@@ -152,29 +152,20 @@ def distil(
     student.eval()
     widen_where_slow(student, accelerator.device)
     if run.recomputes:
-        _recompute(student)
+        recompute(student)
     lesson = Lesson(teacher, student, run.dtype)
     attach(accelerator, lesson)
     objective = RecoverObjective(lesson, trained, learning_rate, settings.num_steps)
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     order = training_order(len(examples), settings.num_steps * batch, 1.0, settings.seed)
-    with run.preemption.deferred():
+    with run.preemption.deferred(accelerator):
         train(
             objective, objective.optimizer(), examples.take(order), accelerator, settings, 0,
             run.report, lambda step: None, run.preemption,
         )  # fmt: skip
-        run.preemption.agreed(accelerator)  # a signal in the last step reaches all
     run.preemption.check()
 
 
 def settings_of(settings: TrainingSettings, num_steps: int) -> TrainingSettings:
     """The main job's numbers for a recovery of so many steps."""
     return replace(settings, search_steps=num_steps, tune_steps=0, save_every=num_steps)
-
-
-def _recompute(student: Any) -> None:
-    """Keeps each layer's input alone; dropout stays off."""
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in student.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True

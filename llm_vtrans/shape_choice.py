@@ -12,27 +12,39 @@ from llm_vtrans.families.base import UNIT_AXIS, Axis, Shape, Sublayer
 from llm_vtrans.problem import TOLERANCE, Problem, uniform_shape
 
 
-def choose_uniform(
-    scores: Mapping[str, Tensor],
-    benefits: Mapping[str, Tensor],
-    present: Tensor,
-    pruned: frozenset[str],
-    problem: Problem,
-) -> Shape | None:
+@dataclass(frozen=True)
+class Ranking:
+    """What the choice goes by.
+
+    Attributes:
+        scores: of the units of every structure, float64; within a layer the best ones stay.
+        benefits: of the same units; their sum is maximised.
+        present: which sub-layers stay, `(L, 2)` bool.
+        pruned: structures of which units may go.
+    """
+
+    scores: Mapping[str, Tensor]
+    benefits: Mapping[str, Tensor]
+    present: Tensor
+    pruned: frozenset[str]
+
+
+def choose_uniform(ranking: Ranking, problem: Problem) -> Shape | None:
     """One head count and one FFN count for every kept layer, by enumeration."""
-    kept = present.any(dim=1)
+    kept = ranking.present.any(dim=1)
     num_kept = int(kept.sum())
     options = {
-        axis: problem.counts(axis, axis in pruned) for axis in (Axis.HIDDEN, *UNIT_AXIS.values())
+        axis: problem.counts(axis, axis in ranking.pruned)
+        for axis in (Axis.HIDDEN, *UNIT_AXIS.values())
     }
 
     def gain(axis: Axis) -> Tensor:  # best n units of every kept layer, for each allowed n
-        ranked = benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
+        ranked = ranking.benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
         return ranked[torch.tensor(options[axis]) - 1]
 
     hidden = torch.tensor(options[Axis.HIDDEN])
     ffn_options = torch.tensor(options[Axis.FFN])
-    hidden_gain, ffn_gain = _hidden_gain(benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
+    hidden_gain, ffn_gain = _hidden_gain(ranking.benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
     found: list[tuple[float, float, Shape]] = []
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
         head_dim, possible = problem.head_widths(hidden, heads)
@@ -88,23 +100,17 @@ class _Blocks:
     num_forced: int  # leading blocks that every plan contains
 
 
-def _blocks(
-    scores: Mapping[str, Tensor],
-    benefits: Mapping[str, Tensor],
-    present: Tensor,
-    pruned: frozenset[str],
-    problem: Problem,
-) -> _Blocks:
+def _blocks(ranking: Ranking, problem: Problem) -> _Blocks:
     rows: list[tuple[float, float, int, int, int]] = []  # order, benefit, ffn?, layer, size
     for index, part in enumerate(Sublayer):
         axis = UNIT_AXIS[part]
         units = problem.architecture.num_units[axis]
-        step = min(problem.multiple(axis), units) if axis.value in pruned else units
-        for layer in torch.nonzero(present[:, index]).flatten().tolist():
-            order = scores[axis][layer].argsort(descending=True)
+        step = min(problem.multiple(axis), units) if axis.value in ranking.pruned else units
+        for layer in torch.nonzero(ranking.present[:, index]).flatten().tolist():
+            order = ranking.scores[axis][layer].argsort(descending=True)
             for rank, chunk in enumerate(order.split(step)):
-                score = torch.inf if rank == 0 else float(scores[axis][layer][chunk].mean())
-                benefit = float(benefits[axis][layer][chunk].sum())
+                score = torch.inf if rank == 0 else float(ranking.scores[axis][layer][chunk].mean())
+                benefit = float(ranking.benefits[axis][layer][chunk].sum())
                 rows.append((score, benefit, index, layer, len(chunk)))
     rows.sort(key=lambda row: -row[0])
     columns = list(zip(*rows, strict=True))
@@ -117,24 +123,18 @@ def _blocks(
     )
 
 
-def choose_free(
-    scores: Mapping[str, Tensor],
-    benefits: Mapping[str, Tensor],
-    present: Tensor,
-    pruned: frozenset[str],
-    problem: Problem,
-) -> Shape | None:
+def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
     """Counts free in every layer: for each hidden size the best-scored units that fit."""
-    blocks = _blocks(scores, benefits, present, pruned, problem)
+    blocks = _blocks(ranking, problem)
     units = {
         Sublayer.ATTENTION: (blocks.size * ~blocks.is_ffn).cumsum(0),
         Sublayer.FFN: (blocks.size * blocks.is_ffn).cumsum(0),
     }
     gains = blocks.benefit.cumsum(0)
-    hidden_options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned)
+    hidden_options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in ranking.pruned)
     best: tuple[float, int, Tensor] | None = None
     for hidden, hidden_gain in zip(
-        hidden_options, _hidden_gain(benefits, hidden_options).tolist(), strict=True
+        hidden_options, _hidden_gain(ranking.benefits, hidden_options).tolist(), strict=True
     ):
         rows = []
         for limit in problem.limits:
@@ -142,7 +142,7 @@ def choose_free(
             for index, part in enumerate(Sublayer):
                 base = limit.cost.part(part, hidden, 0)
                 slope = limit.cost.part(part, hidden, 1) - base
-                row = row + int(present[:, index].sum()) * base + slope * units[part]
+                row = row + int(ranking.present[:, index].sum()) * base + slope * units[part]
             rows.append(row)
         spent = torch.stack(rows)
         num = _num_within(spent, problem)

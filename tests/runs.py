@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ def write_inputs(folder: Path, num_paragraphs: int = 60) -> Path:
     letters = [chr(33 + token) for token in range(1, VOCAB_SIZE - 2)]
     paragraphs = ("".join(draw.choices(letters, k=100)) for _ in range(num_paragraphs))
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def copy_inputs(source: Path, folder: Path) -> Path:
+    """What `write_inputs` wrote, without a result, in another folder."""
+    shutil.copytree(source / "model", folder / "model")
+    shutil.copy(source / "text.txt", folder)
     return folder
 
 

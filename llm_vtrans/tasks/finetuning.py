@@ -81,7 +81,6 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
         raise UserError(
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
         )
-    reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
     set_seed(args.seed)
     where = {"revision": args.revision, "trust_remote_code": False}
     remedy = "name a checkpoint of safetensors that transformers can load"

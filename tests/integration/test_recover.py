@@ -15,7 +15,7 @@ from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
 from llm_vtrans.verify import verify
 from tests.integration.test_two_ranks import TWO_RANKS
-from tests.runs import finish, flags, start, write_inputs
+from tests.runs import copy_inputs, finish, flags, start, write_inputs
 from tests.unit.test_recovery import needs_peft
 
 SEARCHED, STEPS = 8, 12  # optimizer steps of the masks, and of the recovery
@@ -41,9 +41,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def work(plain: Path, tmp_path: Path) -> Path:
     """The same inputs."""
-    copytree(plain / "model", tmp_path / "model")
-    (tmp_path / "text.txt").write_bytes((plain / "text.txt").read_bytes())
-    return tmp_path
+    return copy_inputs(plain, tmp_path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ import json
 import signal
 import time
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from llm_vtrans.arguments import parse
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
-from tests.runs import finish, flags, start, write_inputs
+from tests.runs import copy_inputs, finish, flags, start, write_inputs
 
 NUM_STEPS = 100
 SETTINGS = ("--save-every", "1", "--shard-size", "10KB")
@@ -36,9 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def work(uninterrupted: Path, tmp_path: Path) -> Path:
     """The same inputs without a result."""
-    copytree(uninterrupted / "model", tmp_path / "model")
-    (tmp_path / "text.txt").write_bytes((uninterrupted / "text.txt").read_bytes())
-    return tmp_path
+    return copy_inputs(uninterrupted, tmp_path)
 
 
 def hashes(folder: Path) -> dict[str, str]:

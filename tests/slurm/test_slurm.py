@@ -8,12 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 
 from tests.integration.test_resume import hashes, saved_step
-from tests.runs import flags, write_inputs
+from tests.runs import copy_inputs, flags, write_inputs
 from tests.slurm.cluster import PROGRAMS, Cluster, wait_for
 
 SCRIPT = "launch/slurm/prune_multi_node.sbatch"
@@ -102,9 +101,7 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def work(uninterrupted: Path, tmp_path: Path) -> Path:
-    copytree(uninterrupted / "model", tmp_path / "model")
-    shutil.copy(uninterrupted / "text.txt", tmp_path)
-    return tmp_path
+    return copy_inputs(uninterrupted, tmp_path)
 
 
 def test_two_nodes_finish(uninterrupted: Path) -> None:
