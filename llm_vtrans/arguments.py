@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from llm_vtrans.errors import UserError
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
-BUDGETS = ("sparsity", "params")  # they exclude each other
+BUDGETS = ("sparsity", "params", "budgets")  # they exclude each other
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
 VARIANTS = ("faster", "fast", "vtrans")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,6 +74,11 @@ class PruneArguments:
         "given.",
     )
     params: str | None = _option(None, "Parameters to keep at most, such as 3.4B or 4200000.")
+    budgets: str | None = _option(
+        None,
+        "Several shares in place of --sparsity, such as 0.2,0.35,0.5: masks are trained once, at "
+        "the one in the middle, and each has its result in a folder of --output.",
+    )
     macs: str | None = _option(
         None,
         "Multiply-accumulates of one sequence of --seq-len tokens to keep at most: a share of the "
@@ -186,15 +191,17 @@ class PruneArguments:
         """Checks each value and fills the defaults that depend on others."""
         if self.data is None:
             self.data = "embedded" if self.model == "embedded" else "wikitext2"
-        if self.sparsity is not None and self.params is not None:
-            raise UserError("--sparsity and --params exclude each other: give one of them")
-        if self.sparsity is None and self.params is None and self.macs is None:
+        given = [f"--{name}" for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
+        if not given and self.macs is None:
             self.sparsity = 0.5
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise UserError(
-                f"--sparsity must be in (0, 1), got {self.sparsity}: it is the share of all "
-                "parameters that is removed, so 0.3 keeps 70%"
-            )
+        for removed in (self.sparsity, *self.shares()):
+            if removed is not None and not 0 < removed < 1:
+                raise UserError(
+                    f"--sparsity must be in (0, 1), got {removed}: it is the share of all "
+                    "parameters that is removed, so 0.3 keeps 70%"
+                )
         self._check_variant()
         if self.recover_steps and self.recover not in ("lora", "full"):
             raise UserError(
@@ -253,6 +260,11 @@ class PruneArguments:
                 raise UserError(f"--{flag} must be positive, got {getattr(self, name)}")
         if not self.trains_weights:
             return
+        if self.budgets is not None:
+            raise UserError(
+                f"--budgets {self.budgets} shares the masks of frozen weights, --variant "
+                f"{self.variant} trains weights for one budget: give --sparsity, run by run"
+            )
         if self.masks is not None:
             raise UserError(
                 f"--masks {self.masks} serves frozen weights, --variant {self.variant} trains "
@@ -320,6 +332,15 @@ class PruneArguments:
             raise UserError(f"--shard-size {self.shard_size!r}: expected a size such as 5GB")
         return int(float(match[1]) * SIZES[match[2]])
 
+    def shares(self) -> list[float]:
+        """The several sparsities of --budgets, or none."""
+        if self.budgets is None:
+            return []
+        shares = [_number(text) for text in self.budgets.split(",")]
+        if not all(shares) or len(set(shares)) < len(shares):
+            raise UserError(f"--budgets {self.budgets!r}: expected shares such as 0.2,0.35,0.5")
+        return shares
+
     def num_params(self) -> int | None:
         """The absolute budget of --params, or None."""
         if self.params is None:
@@ -344,7 +365,8 @@ class PruneArguments:
         """Where the result goes."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        budget = [self.params or (f"{self.sparsity:g}" if self.sparsity else "")]
+        share = f"{self.sparsity:g}" if self.sparsity else None
+        budget = [self.params or self.budgets or share]
         budget += [f"{self.macs}macs"] if self.macs else []
         return Path("runs") / "-".join([Path(self.model).name, *filter(None, budget)])
 

@@ -6,7 +6,7 @@ Runs as `accelerate launch llm_vtrans/prune.py` and as `llm-vtrans prune`.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ if not __package__:  # as a script this folder comes first; the package must be 
 
 from llm_vtrans.arguments import PruneArguments, parse
 from llm_vtrans.command import is_rank_zero, run_command
+from llm_vtrans.family_of_sizes import runs_of
 from llm_vtrans.job import Job
 from llm_vtrans.output_folder import exclusive
 from llm_vtrans.preemption import Preemption
@@ -34,22 +35,36 @@ def prune(arguments: list[str]) -> None:
         Preempted: a signal asked the run to go.
     """
     args = parse(arguments)
-    with Preemption() as preemption, sole_writer(args.output_folder()):
+    with Preemption() as preemption, ExitStack() as locks:
+        locks.enter_context(sole_writer(args.output_folder()))
         if args.finetune_first:
             args = finetune_first(args)
-        if args.resume and (manifest := finished_manifest(args)) is not None:
-            _tell_finished(args, manifest)
-            return
-        job = Job.prepare(args, preemption)
-        job.show_plan()
-        if args.dry_run:
-            return
-        job.load()
-        job.search()
-        job.allocate()
-        job.tune()
-        job.export()
-        job.summarise()
+        runs = runs_of(args)
+        if args.budgets is not None:
+            for run in runs:
+                locks.enter_context(sole_writer(run.output_folder()))
+        jobs = list(filter(None, [_prepared(run, preemption) for run in runs]))
+        while jobs and not args.dry_run:
+            _run(jobs.pop(0))
+
+
+def _prepared(args: PruneArguments, preemption: Preemption) -> Job | None:
+    """A run that is still to be done, checked and told."""
+    if args.resume and (manifest := finished_manifest(args)) is not None:
+        _tell_finished(args, manifest)
+        return None
+    job = Job.prepare(args, preemption)
+    job.show_plan()
+    return job
+
+
+def _run(job: Job) -> None:
+    job.load()
+    job.search()
+    job.allocate()
+    job.tune()
+    job.export()
+    job.summarise()
 
 
 def sole_writer(folder: Path) -> AbstractContextManager[None]:

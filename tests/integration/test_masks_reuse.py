@@ -1,9 +1,11 @@
 """One training serves other budgets: `--masks RUN` allocates and exports without training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llm_vtrans.command import run_command
@@ -28,3 +30,50 @@ def test_other_budget_and_layout_from_the_same_masks(
     other = [*reuse, "--prune", "hidden,ffn", "--output", str(tmp_path / "third")]
     assert run_command(prune, other) == 2
     assert "give the same" in capsys.readouterr().err
+
+
+def test_several_budgets_are_the_runs_made_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = flags(write_inputs(tmp_path))
+    sizes, alone = tmp_path / "sizes", tmp_path / "alone"
+    family = [*given, "--budgets", "0.6,0.3,0.4", "--output", str(sizes)]
+    assert run_command(prune, [*family, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["output"] for line in lines] == [str(sizes / s) for s in ("0.4", "0.6", "0.3")]
+
+    trained = [*given, "--sparsity", "0.4", "--output", str(alone / "0.4")]
+    assert run_command(prune, trained) == 0
+    reuse = ["--masks", str(alone / "0.4"), "--sparsity", "0.3", "--output", str(alone / "0.3")]
+    assert run_command(prune, [*given, *reuse]) == 0
+    for size in ("0.4", "0.3"):
+        members = [load_file(folder / size / "model.safetensors") for folder in (sizes, alone)]
+        assert members[0].keys() == members[1].keys()
+        assert all(torch.equal(members[0][name], members[1][name]) for name in members[0])
+
+    capsys.readouterr()
+    shutil.rmtree(sizes / "0.3")
+    assert run_command(prune, [*family, "--resume", "--quiet"]) == 0  # only what is missing
+    assert load_file(sizes / "0.3" / "model.safetensors").keys() == members[0].keys()
+    assert run_command(prune, family) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["--budgets", "0.3,much"], "expected shares"),
+        (["--budgets", "0.3,0.3"], "expected shares"),
+        (["--budgets", "0.3,1.5"], "in (0, 1)"),
+        (["--budgets", "0.3,0.4", "--sparsity", "0.3"], "exclude each other"),
+        (["--budgets", "0.3,0.4", "--variant", "vtrans"], "run by run"),
+        (["--budgets", "0.3,0.9999"], "unreachable"),
+    ],
+)
+def test_budgets_that_cannot_be_met_together(
+    extra: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*flags(write_inputs(tmp_path)), "--output", str(tmp_path / "out"), *extra]
+    assert run_command(prune, given) == 2
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/*"))  # nothing was begun
