@@ -122,6 +122,11 @@ class PruneArguments:
         "Share of the calibration tokens of a causal LM that random ones replace, so that masks "
         "keep what other texts need. 0: none.",
     )
+    own_words: float = _option(
+        0.25,
+        "Share of the calibration windows of a causal LM that texts of its own replace, for the "
+        "same end. 0: none.",
+    )
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
@@ -219,7 +224,7 @@ class PruneArguments:
             self._at_least("seq_len", 2)
         if self.round_to is not None:
             self._at_least("round_to", 1)
-        for name in ("tune_share", "token_noise"):
+        for name in ("tune_share", "token_noise", "own_words"):
             if not 0 <= getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be in [0, 1), got {getattr(self, name)}")

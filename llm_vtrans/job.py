@@ -41,6 +41,7 @@ from llm_vtrans.manifest import (
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import oblique_basis
 from llm_vtrans.output_folder import OutputFolder
+from llm_vtrans.own_words import with_own_words
 from llm_vtrans.planning import (
     dense_params,
     make_problem,
@@ -252,6 +253,11 @@ class Job:
         self._check_overflow(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
+        if self.data.kind == "clm":
+            with self.reporter.phase("own words"):
+                share, seed = self.args.own_words, self.args.seed
+                train = with_own_words(self.data.train, share, model, self.accelerator, seed)
+                self.data = replace(self.data, train=train)
         if self.architecture.couples_heads:
             with self.reporter.phase("heads"):
                 self.head_basis = balanced_basis(
