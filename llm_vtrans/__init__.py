@@ -4,6 +4,7 @@ Importing the package makes checkpoints in the per-layer layout loadable by
 `AutoModelForCausalLM` without `trust_remote_code`.
 """
 
+import os
 import signal
 import sys
 from pathlib import PurePath
@@ -17,6 +18,10 @@ if (
     # Importing torch takes seconds. Ctrl-C then ends the program and tells no traceback; from
     # `run_command` on it is an exception again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# Of a rank that has gone torch.distributed tells by backtraces in C++, then raises an exception
+# that says the same.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 from llm_vtrans import per_layer_modeling as per_layer_modeling  # noqa: E402
 

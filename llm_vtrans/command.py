@@ -79,12 +79,13 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        return _tell(f"another rank has ended; its own output tells why{go_on}", everywhere=True)
+        reason = str(error).partition("\n")[0]
+        return _tell(f"another rank has ended, or never came ({reason}){go_on}", everywhere=True)
     except Preempted as preempted:
-        _tell(str(preempted))
+        _tell(str(preempted), everywhere=not preempted.is_agreed)
         return PREEMPTED
     except KeyboardInterrupt:
-        _tell(f"interrupted{go_on}")
+        _tell(f"interrupted{go_on}", everywhere=True)
         return INTERRUPTED
     finally:
         if handler is signal.SIG_DFL:

@@ -20,7 +20,14 @@ class Preempted(BaseException):
     It can come at any line, as KeyboardInterrupt does, so `except Exception` must not take it for
     a failure of what it interrupts. The entry points print the message and exit with status 75
     (EX_TEMPFAIL): try again.
+
+    Attributes:
+        is_agreed: whether all ranks leave together; otherwise no other rank knows of the signal.
     """
+
+    def __init__(self, message: str, is_agreed: bool = False) -> None:
+        super().__init__(message)
+        self.is_agreed = is_agreed
 
 
 @contextmanager

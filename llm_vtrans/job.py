@@ -53,7 +53,7 @@ from llm_vtrans.planning import (
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.problem import Problem, check_reachable
 from llm_vtrans.quantised import FULL, check_form
-from llm_vtrans.ranks import launch_options
+from llm_vtrans.ranks import join
 from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
 from llm_vtrans.recovering import check_recoverable, check_recovery, recover_checkpoint
 from llm_vtrans.recovery_training import default_steps
@@ -143,11 +143,10 @@ class Job:
         """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        accelerator = Accelerator(
+        accelerator = join(
             gradient_accumulation_steps=args.gradient_accumulation,
             log_with=trackers(args),
             project_dir=args.output_folder().parent / TRACKING_FOLDER,
-            **launch_options(),
         )
         set_seed(args.seed)
         check_form(args.load_in, accelerator)

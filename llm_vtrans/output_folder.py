@@ -12,6 +12,8 @@ from types import TracebackType
 from llm_vtrans.errors import UserError
 
 MANIFEST_FILE = "vtrans.json"
+PRIVATE = ~0o077  # what is unfinished is its owner's alone; finished it has the usual permissions
+PRIVATE_FOLDER = 0o700
 
 
 class OutputFolder:
@@ -80,6 +82,8 @@ class OutputFolder:
         """Check once more, make the temporary folder and return it."""
         self.check()
         self.partial.mkdir(parents=True)
+        self._mode = self.partial.stat().st_mode
+        _permit(self.partial, self._mode & PRIVATE)
         return self.partial
 
     def __exit__(
@@ -96,6 +100,7 @@ class OutputFolder:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
+        _permit(self.partial, self._mode)
         _sync_tree(self.partial)
         try:
             self._check_replaceable()
@@ -222,11 +227,15 @@ def _lock(lock: Path, path: Path) -> int:
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file that a reader or a crash never sees half written; its folder must exist."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # "x" follows no link that somebody else put there
+            mode = os.fstat(file.fileno()).st_mode
+            _permit(file.fileno(), mode & PRIVATE)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            _permit(file.fileno(), mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -234,8 +243,14 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """`atomic_write_bytes` for text, as UTF-8."""
-    atomic_write_bytes(path, text.encode())
+    """`atomic_write_bytes` for text, as UTF-8; half of a pair of surrogates is written escaped."""
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def _permit(file: Path | int, mode: int) -> None:
+    """Sets permissions, where the file system has any."""
+    with suppress(OSError):
+        os.chmod(file, mode)
 
 
 def _is_alive(pid: int) -> bool:

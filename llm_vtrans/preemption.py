@@ -30,6 +30,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._is_agreed = False
         self._is_deferred = False
         self._previous: dict[signal.Signals, Any] = {}
         self._vote: Tensor | None = None
@@ -68,7 +69,7 @@ class Preemption:
             Preempted: it did.
         """
         if self.received is not None and not self._is_deferred:
-            raise Preempted(f"stopped by {self.received}; --resume continues")
+            raise Preempted(f"stopped by {self.received}; --resume continues", self._is_agreed)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any rank was asked to go, the same answer on every rank.
@@ -80,7 +81,7 @@ class Preemption:
             return self.received is not None
         asked = torch.tensor(float(self.received is not None), device=accelerator.device)
         last, self._vote = self._vote, accelerator.reduce(asked, "sum")
-        is_agreed = last is not None and last.item() > 0
-        if is_agreed and self.received is None:
+        self._is_agreed = last is not None and last.item() > 0
+        if self._is_agreed and self.received is None:
             self.received = "a signal to another rank"
-        return is_agreed
+        return self._is_agreed

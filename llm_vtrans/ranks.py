@@ -7,12 +7,30 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+MEETING_TIMEOUT = timedelta(minutes=10)  # a process that has not come by then never will
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
 
 
-def launch_options() -> dict[str, Any]:
+def join(**options: Any) -> Accelerator:
+    """Meets all other processes of the launch.
+
+    Args:
+        options: of `Accelerator`.
+
+    Raises:
+        RuntimeError: of torch.distributed, one has not come within `MEETING_TIMEOUT`.
+    """
+    accelerator = Accelerator(**options, **_launch_options())
+    if torch.distributed.is_initialized():
+        _set_pg_timeout(EXPORT_TIMEOUT)
+    return accelerator
+
+
+def _launch_options() -> dict[str, Any]:
     """Arguments of `Accelerator` that join all processes of the launch, on processors too.
 
     Without a device accelerate names no backend unless it is told that there is none
@@ -20,8 +38,8 @@ def launch_options() -> dict[str, Any]:
     for rank zero.
     """
     if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
-        return {"kwargs_handlers": [InitProcessGroupKwargs(timeout=EXPORT_TIMEOUT)]}
+        return {"kwargs_handlers": [InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)]}
     return {
         "cpu": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true",
-        "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo", timeout=EXPORT_TIMEOUT)],
+        "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo", timeout=MEETING_TIMEOUT)],
     }

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.output_folder import atomic_write_bytes
+from llm_vtrans.output_folder import PRIVATE_FOLDER, atomic_write_bytes
 from llm_vtrans.reporting import METRICS_FILE, truncate_metrics
 from llm_vtrans.trained_weights import FOLDER as WEIGHTS_FOLDER
 from llm_vtrans.training import Objective
@@ -35,7 +35,7 @@ def open_state(folder: Path, saved_step: int | None) -> None:
         truncate_metrics(state, saved_step)
     else:
         remove_state(folder)
-        state.mkdir(parents=True, exist_ok=True)
+        state.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
 
 
 def remove_state(folder: Path) -> None:
@@ -79,7 +79,7 @@ def save_state(
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach()
     metadata = {"step": str(step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
     path = folder / STATE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write_bytes(path, save(tensors, metadata))
 

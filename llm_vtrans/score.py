@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llm_vtrans.command import Parser, is_rank_zero, positive
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
+from llm_vtrans.output_folder import atomic_write_text
 from llm_vtrans.scoring import Estimate, text_documents, text_windows
 
 if TYPE_CHECKING:
@@ -243,17 +244,6 @@ def record(
     }
 
 
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def run(arguments: list[str]) -> None:
     """Check everything, then score the models in turn, then report on rank 0."""
     args = parse(arguments)
@@ -277,4 +267,6 @@ def run(arguments: list[str]) -> None:
     if is_rank_zero():
         columns = with_differences(rows)
         print(table(rows, columns))
-        write_atomically(args.output, record(args, rows, columns))
+        content = record(args, rows, columns)
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        atomic_write_text(args.output, text + "\n")

@@ -23,7 +23,7 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.output_folder import atomic_write_text
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
-from llm_vtrans.ranks import launch_options
+from llm_vtrans.ranks import join
 from llm_vtrans.reporting import Reporter
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
@@ -73,9 +73,7 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
     """Trains all weights on the task's own loss; returns the scores."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation, **launch_options()
-    )
+    accelerator = join(gradient_accumulation_steps=args.gradient_accumulation)
     reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
     if is_partitioned(accelerator):
         raise UserError(

@@ -30,7 +30,7 @@ from llm_vtrans.reporting import Reporter
 from llm_vtrans.score import run as score
 
 COMMANDS = {"prune": prune, "export": export, "score": score}
-LIMIT = 60  # seconds in which a process that was asked to go, or lost its peer, must have ended
+LIMIT = 30  # seconds in which a process that was asked to go, or lost its peer, must have ended
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
 
@@ -98,7 +98,11 @@ def fork(
 
 
 def fork_ranks(
-    arguments: list[str], log: Path, moments: dict[int, Moment], num: int = 2
+    arguments: list[str],
+    log: Path,
+    moments: dict[int, Moment],
+    setup: Callable[[], None] | None = None,
+    num: int = 2,
 ) -> list[Fork]:
     """The main job on so many ranks, as SLURM starts them: nothing watches over them."""
     with socket.socket() as probe:
@@ -108,7 +112,7 @@ def fork_ranks(
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         fork(
-            "prune", arguments, log.with_name(f"{log.name}-{rank}"), moments.get(rank),
+            "prune", arguments, log.with_name(f"{log.name}-{rank}"), moments.get(rank), setup,
             RANK=str(rank), LOCAL_RANK=str(rank), **size, **where,
         )
         for rank in range(num)

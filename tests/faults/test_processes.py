@@ -6,12 +6,14 @@ No process outlives `forks.LIMIT` seconds, and no half checkpoint is there to be
 import json
 import os
 import random
+from datetime import timedelta
 from pathlib import Path
 from shutil import copyfile, copytree
 from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import pytest
 
+from llm_vtrans import ranks
 from llm_vtrans.command import INTERRUPTED, PREEMPTED, USER_ERROR
 from llm_vtrans.errors import Preempted, blame
 from llm_vtrans.preemption import Preemption
@@ -123,6 +125,11 @@ def test_a_stop_in_every_phase(whole: Path, work: Path, tally: Tally, seed: int)
     finish(work, whole)
 
 
+def meet_soon() -> None:
+    """Shortens how long ranks wait for each other at the start, as the test can't wait so long."""
+    ranks.MEETING_TIMEOUT = timedelta(seconds=5)
+
+
 def check_survivor(run: Fork) -> str | None:
     """A rank that loses its peer ends with one line that says so."""
     status, errors = run.status(), run.errors
@@ -136,7 +143,7 @@ def check_survivor(run: Fork) -> str | None:
 def check_ranks(work: Path, moments: Ranks, tally: Tally) -> None:
     """Starts two ranks, sends the signals, and waits until both have ended as they should."""
     arguments = flags(work, *SETTINGS, "--resume")
-    for number, run in enumerate(fork_ranks(arguments, log_of(work), moments)):
+    for number, run in enumerate(fork_ranks(arguments, log_of(work), moments, meet_soon)):
         if number in moments and run.status() not in (USER_ERROR, PREEMPTED):
             line = check_end(run, moments[number])
         else:  # untouched, or it lost its peer before its own signal came
@@ -159,6 +166,22 @@ def test_one_rank_of_two_is_killed(whole_of_two: Path, work: Path, tally: Tally)
     finish_ranks(work, whole_of_two)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes(work: Path, tally: Tally, rank: int) -> None:
+    """The other one waits for the meeting's timeout, not for the export's."""
+    check_ranks(work, {rank: Moment(SIGKILL, "start", operation=1)}, tally)
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+def test_the_rank_that_a_signal_ends_tells_of_it(work: Path, number: Signals) -> None:
+    """Nobody else knows why it has gone."""
+    arguments = flags(work, *SETTINGS, "--resume")
+    moments = {1: Moment(number, "load", operation=3)}
+    told = [run.status() and run.errors for run in fork_ranks(arguments, log_of(work), moments)]
+    assert str(told[0]).count("another rank has ended") == 1
+    assert str(told[1]).startswith("error: rank 1: ") and str(told[1]).count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(10))
@@ -166,10 +189,10 @@ def test_ranks_are_stopped(whole_of_two: Path, work: Path, tally: Tally, seed: i
     """One or both, in every phase."""
     draw = random.Random(seed)
     for phase in PHASES:
-        ranks = draw.choice([(0,), (1,), (0, 1)])
+        chosen = draw.choice([(0,), (1,), (0, 1)])
         number = draw.choice(SIGNALS)
         log = whole_of_two / "log-0"
-        check_ranks(work, {r: draw_moment(draw, number, phase, log) for r in ranks}, tally)
+        check_ranks(work, {r: draw_moment(draw, number, phase, log) for r in chosen}, tally)
     finish_ranks(work, whole_of_two)
 
 

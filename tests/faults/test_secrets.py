@@ -9,6 +9,7 @@ from llm_vtrans.command import printable, run_command
 from llm_vtrans.model_card import model_card
 from llm_vtrans.prune import prune
 from llm_vtrans.redaction import redact
+from llm_vtrans.run_state import STATE_FOLDER, open_state
 from tests.faults.cases import one_line, process, told
 from tests.faults.conftest import Tally
 from tests.runs import flags
@@ -31,6 +32,11 @@ def test_token_is_nowhere(
     assert [path.name for path in files if TOKEN.encode() in path.read_bytes()] == []
     assert TOKEN not in told(capsys, prune, [f"--token={TOKEN}"])
     tally.survived("secrets", num_cases=len(files) + 3)
+
+
+def test_a_saved_state_is_private(tmp_path: Path) -> None:
+    open_state(tmp_path / "out", None)
+    assert (tmp_path / "out" / STATE_FOLDER).stat().st_mode & 0o077 == 0
 
 
 def test_redaction() -> None:

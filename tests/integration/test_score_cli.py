@@ -87,7 +87,7 @@ def test_table_and_json(folder, one_rank):
     assert "non-overlapping windows" in rows[0] and "context_length 16" in rows[0]
     assert "tokens 75" in rows[0] and "rolling" in rows[1] and "max_length 64" in rows[1]
     report = json.loads((folder / "one.json").read_text())
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".*"))
     assert report["settings"]["tasks"] == ["ppl:text.txt", "embedded_heldout"]
     assert report["settings"]["limit"] == 5
     assert {"python", "torch", "transformers", "lm_eval"} <= set(report["versions"])

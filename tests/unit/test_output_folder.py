@@ -1,4 +1,5 @@
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,37 @@ def test_atomic_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="disk full"):
         atomic_write_bytes(path, b"half")
     assert path.read_bytes() == b"new" and names(tmp_path) == {"file.json"}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_unfinished_is_private(tmp_path: Path) -> None:
+    """Neither read nor redirected by others who may write into the folder around it."""
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    with OutputFolder(tmp_path / "out") as partial:
+        assert mode_of(partial) & 0o077 == 0
+    assert mode_of(tmp_path / "out") == mode_of(usual)
+
+    (tmp_path / f".page.partial-{os.getpid()}").symlink_to(usual / "planted")
+    atomic_write_text(tmp_path / "page", "text")
+    assert names(usual) == set() and not (tmp_path / "page").is_symlink()
+    (usual / "file").touch()
+    assert mode_of(tmp_path / "page") == mode_of(usual / "file")
+
+
+def test_a_file_is_private_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(os.fstat(file).st_mode & 0o777))
+    atomic_write_text(tmp_path / "page", "text")
+    assert modes[0] == 0o600
+
+
+def test_a_character_that_utf8_lacks_is_written_escaped(tmp_path: Path) -> None:
+    """Half of a pair, as JSON from outside may hold it."""
+    atomic_write_text(tmp_path / "page", "a\ud800b")
+    assert (tmp_path / "page").read_text() == "a\\ud800b"
