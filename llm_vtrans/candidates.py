@@ -24,6 +24,7 @@ from llm_vtrans.problem import TOLERANCE, Problem
 
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
+BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
 
 
 def candidates(
@@ -33,8 +34,9 @@ def candidates(
 
     Neighbours have another hidden size, in the stock layout another number of heads, or
     keep the layers that the masks would remove; FFN units make up for it. With an oblique basis
-    there is also the plan that removes hidden dimensions alone, and each plan comes a second
-    time with as many dimensions of that basis in place of its own.
+    all come with as many dimensions of that basis in place of their own. It makes hidden
+    dimensions cheaper to remove than the masks found them, so there are also the plan that
+    removes them alone and those on the way to it.
 
     Args:
         masks: trained masks.
@@ -44,20 +46,29 @@ def candidates(
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
+    best, *neighbours = _neighbours(masks, problem)
+    yield best
     if oblique is None or Axis.HIDDEN not in masks.names():
-        yield from _neighbours(masks, problem)
+        yield from neighbours
         return
     maps = cache(oblique.maps)  # candidates share sizes
-    for plan in (*_neighbours(masks, problem), *_hidden_alone(problem)):
-        yield plan
+    for plan in (best, *neighbours, *_towards_hidden_alone(best, masks, problem)):
         yield _in_basis(plan, maps(plan.shape.hidden))
 
 
-def _hidden_alone(problem: Problem) -> Iterator[PrunePlan]:
-    """Only hidden dimensions go, the later ones, where that meets the budget."""
+def _towards_hidden_alone(
+    best: PrunePlan, masks: VIBMasks, problem: Problem
+) -> Iterator[PrunePlan]:
+    """Only hidden dimensions go, the later ones, where that meets the budget; and between."""
+    allowed = problem.counts(Axis.HIDDEN, True)
     order = torch.linspace(1, 0, problem.architecture.num_units[Axis.HIDDEN], dtype=torch.float64)
     with suppress(UserError):
-        yield allocate_scores({Axis.HIDDEN: order}, {}, problem)
+        alone = allocate_scores({Axis.HIDDEN: order}, {}, problem)
+        yield alone
+        for share in BETWEEN:
+            size = best.shape.hidden + share * (alone.shape.hidden - best.shape.hidden)
+            near = min(allowed, key=lambda count: abs(count - size))
+            yield from _of_sizes({Axis.HIDDEN: near}, best, masks, problem)
 
 
 def _in_basis(plan: PrunePlan, maps: Mapping[str, Tensor]) -> PrunePlan:
@@ -74,20 +85,28 @@ def _neighbours(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
     scores, gate = scores_and_gates(masks)
     best = allocate_scores(scores, gate, problem)
     yield best
-    ways = [scores]
-    if not bool(best.present.all()) and len(scores) > 1:
-        ways.append({name: score for name, score in scores.items() if name != "layers"})
     sizes = _near(problem, Axis.HIDDEN, best.shape.hidden, HIDDEN_RATIOS, scores)
     heads = _near(problem, Axis.HEADS, max(best.shape.heads), HEADS_RATIOS, scores)
-    for way, size, num_heads in product(ways, sizes, heads if problem.is_uniform else [None]):
+    for size, num_heads in product(sizes, heads if problem.is_uniform else [None]):
         fixed = {Axis.HIDDEN: size}
         if num_heads is not None:
             fixed[Axis.HEADS] = num_heads
+        yield from _of_sizes(fixed, best, masks, problem)
+
+
+def _of_sizes(
+    fixed: dict[Axis, int], best: PrunePlan, masks: VIBMasks, problem: Problem
+) -> Iterator[PrunePlan]:
+    """Plans with these sizes that use the budget as well as the best: without layers, and whole."""
+    scores, gate = scores_and_gates(masks)
+    ways = [scores]
+    if not bool(best.present.all()) and len(scores) > 1:
+        ways.append({name: score for name, score in scores.items() if name != "layers"})
+    for way in ways:
         with suppress(UserError):  # these sizes may not fit the budget
             plan = allocate_scores(way, gate, replace(problem, fixed=fixed))
-            if plan.shape == best.shape:
-                continue
-            if _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE):
+            is_full = _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE)
+            if plan.shape != best.shape and is_full:
                 yield plan
 
 

@@ -41,7 +41,7 @@ from llm_vtrans.manifest import (
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import oblique_basis
 from llm_vtrans.output_folder import OutputFolder
-from llm_vtrans.own_words import with_own_words
+from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.planning import (
     dense_params,
     make_problem,
@@ -72,7 +72,7 @@ from llm_vtrans.run_state import (
 )
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.tasks import Task
-from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
 from llm_vtrans.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.trained_weights import (
     BYTES_PER_PARAMETER,
@@ -106,6 +106,8 @@ class Job:
         output: the result's folder.
         preemption: tells when a signal asks the run to go.
         saved: step and tensors of the unfinished run to continue.
+        choice: on which plans are compared; None for training examples. Masks are fitted to the
+            calibration text, a model's own words tell what else a plan loses.
     """
 
     args: PruneArguments
@@ -124,6 +126,7 @@ class Job:
     rotation: Tensor | None = None
     head_basis: HeadBasis | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
+    choice: Examples | None = None
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
@@ -232,6 +235,10 @@ class Job:
         return int(self.accelerator.num_processes)
 
     @property
+    def _global_batch(self) -> int:
+        return self.args.global_batch(self._num_ranks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         if self.args.dtype != "auto":
@@ -252,11 +259,9 @@ class Job:
         self._check_overflow(model)
         self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
         self.perplexity["dense"] = self.scores["dense"][self.data.headline]
-        if self.data.kind == "clm":
+        if self.data.kind == "clm" and self.args.own_words:
             with self.reporter.phase("own words"):
-                share, seed = self.args.own_words, self.args.seed
-                train = with_own_words(self.data.train, share, model, self.accelerator, seed)
-                self.data = replace(self.data, train=train)
+                self._write_own_words(model)
         if self.architecture.couples_heads:
             with self.reporter.phase("heads"):
                 self.head_basis = balanced_basis(
@@ -282,6 +287,16 @@ class Job:
         if self.args.track:
             settings = {name: str(value) for name, value in asdict(self.args).items()}
             self.accelerator.init_trackers(self.output.path.name, settings)
+
+    def _write_own_words(self, model: PreTrainedModel) -> None:
+        """Mixes the model's own texts into those that are still to be trained on."""
+        args, train = self.args, self.data.train
+        first = 0 if args.masks is None else self.settings.search_steps * self._global_batch
+        num = round(args.own_words * max(0, len(train) - first))
+        own = own_windows(model, CHOICE_EXAMPLES + num, train, self.accelerator, args.seed)
+        chosen, mixed = own.split([CHOICE_EXAMPLES, num])
+        self.data = replace(self.data, train=with_windows(train, mixed, first, args.seed))
+        self.choice = Examples({"input_ids": chosen})
 
     @torch.no_grad()
     def _check_overflow(self, model: PreTrainedModel) -> None:
@@ -329,9 +344,10 @@ class Job:
             weights = Weights(self.source, self.architecture, basis, self.args.load_in)
             fill_model(model, weights, self.dtype, self.accelerator.device)
 
-    def _first_batches(self, num: int) -> list[Batch]:
-        """Inputs from the first training examples, the same on every rank."""
-        first = self.data.train.take(torch.arange(min(num, len(self.data.train))))
+    def _first_batches(self, num: int, examples: Examples | None = None) -> list[Batch]:
+        """Inputs from the first examples, by default those of training, the same on every rank."""
+        examples = examples or self.data.train
+        first = examples.take(torch.arange(min(num, len(examples))))
         batches = first.batches(self.args.batch_size, self.accelerator.device)
         return [inputs_of(batch) for batch in batches]
 
@@ -350,7 +366,7 @@ class Job:
         """Settings that a resumed run must share; ranks may differ if the global batch does not."""
         return {
             **deciding_settings(self.args),
-            "global_batch": self.args.global_batch(self._num_ranks),
+            "global_batch": self._global_batch,
             "checkpoint": self.source.checkpoint.sha256,
         }
 
@@ -375,8 +391,8 @@ class Job:
                 batches = self._first_batches(ROTATION_WINDOWS)
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
             chooser = Chooser(
-                self.distillation, self.masks, self._first_batches(CHOICE_EXAMPLES), oblique,
-                self.head_basis,
+                self.distillation, self.masks,
+                self._first_batches(CHOICE_EXAMPLES, self.choice), oblique, self.head_basis,
             )  # fmt: skip
 
             def best(problem: Problem, name: str) -> PrunePlan:

@@ -21,38 +21,49 @@ TEXT_LENGTH = 64  # a cache that is short costs little to carry along
 NUM_TEXTS = 128  # written at once
 
 
-def with_own_words(
-    examples: Examples, share: float, model: PreTrainedModel, accelerator: Accelerator, seed: int
-) -> Examples:
-    """Examples of a causal LM, some of which give way to texts of its own.
+def own_windows(
+    model: PreTrainedModel, num: int, like: Examples, accelerator: Accelerator, seed: int
+) -> Tensor:
+    """Texts of a causal LM's own, packed into windows.
 
     The ranks share the work, and all get the same texts, however many ranks there are.
 
     Args:
-        examples: packed windows.
-        share: of the windows, in [0, 1).
         model: on the accelerator's device.
+        num: of windows.
+        like: calibration windows; a text begins with any token of theirs.
         accelerator: the ranks.
         seed: of all draws.
+
+    Returns:
+        `(num, seq_len)` int64 on the CPU.
     """
-    windows = examples.tensors["input_ids"].clone()
-    num, seq_len = round(share * len(windows)), windows.shape[1]
-    if not num:
-        return examples
-    length = min(TEXT_LENGTH, seq_len)
-    num_texts = -(-num * seq_len // length)
+    length = min(TEXT_LENGTH, like.seq_len)
+    num_texts = -(-num * like.seq_len // length)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     num_batches = -(-num_texts // (NUM_TEXTS * ranks))
-    known = windows.unique()
+    known = like.tensors["input_ids"].unique()
     mine = [
         _write(model, known, min(NUM_TEXTS, num_texts), length, seed + index * ranks + rank)
         for index in range(num_batches)
     ]
     texts = accelerator.gather(torch.stack(mine)).unflatten(0, (ranks, num_batches))
-    own = texts.transpose(0, 1).flatten()[: num * seq_len].view(num, seq_len)
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:num]
-    windows[chosen] = own.cpu()
-    return Examples({**examples.tensors, "input_ids": windows})
+    return texts.transpose(0, 1).flatten()[: num * like.seq_len].view(num, like.seq_len).cpu()
+
+
+def with_windows(examples: Examples, windows: Tensor, first: int, seed: int) -> Examples:
+    """Examples in which some give way to other windows.
+
+    Args:
+        examples: packed windows of calibration text.
+        windows: `(num, seq_len)` of the same length.
+        first: those before it stay as they are.
+        seed: of their places.
+    """
+    mixed = examples.tensors["input_ids"].clone()
+    draw = torch.Generator().manual_seed(seed)
+    mixed[first + torch.randperm(len(mixed) - first, generator=draw)[: len(windows)]] = windows
+    return Examples({**examples.tensors, "input_ids": mixed})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from llm_vtrans.own_words import with_own_words
+from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import tiny_model
 
@@ -15,37 +15,29 @@ def windows() -> Examples:
     return Examples({"input_ids": torch.randint(3, 30, (8, SEQ_LEN), generator=draw)})
 
 
-def test_a_share_of_the_windows_is_what_the_model_says() -> None:
+def test_they_are_what_the_model_says() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)  # so sure that drawing is taking the likeliest
     before = torch.random.get_rng_state()
-    mixed = with_own_words(windows(), 0.25, model, Accelerator(), seed=0).tensors["input_ids"]
+    own = own_windows(model, 5, windows(), Accelerator(), seed=0)
     assert torch.random.get_rng_state().equal(before)
-
-    given = windows().tensors["input_ids"]
-    is_own = (mixed != given).any(1)
-    assert is_own.sum() == 2
-    assert mixed[~is_own].equal(given[~is_own])
     with torch.no_grad():
-        said = model(mixed[is_own]).logits.argmax(-1)
-    assert said[:, :-1].equal(mixed[is_own][:, 1:])
-    assert set(mixed[is_own][:, 0].tolist()) <= set(given.unique().tolist())
+        said = model(own).logits.argmax(-1)
+    assert own.shape == (5, SEQ_LEN)
+    assert said[:, :-1].equal(own[:, 1:])
+    assert set(own[:, 0].tolist()) <= set(windows().tensors["input_ids"].unique().tolist())
 
 
 def test_the_seed_decides() -> None:
-    model = tiny_model("llama")
-
-    def own(seed: int) -> torch.Tensor:
-        return with_own_words(windows(), 0.5, model, Accelerator(), seed).tensors["input_ids"]
-
-    assert own(0).equal(own(0))
-    assert not own(0).equal(own(1))
+    model, given = tiny_model("llama"), windows()
+    first, second, other = (own_windows(model, 2, given, Accelerator(), s) for s in (0, 0, 1))
+    assert first.equal(second) and not first.equal(other)
 
 
-def test_none_are_written_for_no_share() -> None:
-    assert (
-        with_own_words(windows(), 0.0, tiny_model("llama"), Accelerator(), 0)
-        .tensors["input_ids"]
-        .equal(windows().tensors["input_ids"])
-    )
+def test_windows_give_way_from_a_place_on() -> None:
+    given, own = windows(), torch.full((3, SEQ_LEN), 99)
+    mixed = with_windows(given, own, 4, seed=0).tensors["input_ids"]
+    is_own = (mixed == 99).all(1)
+    assert is_own.sum() == 3 and not is_own[:4].any()
+    assert mixed[~is_own].equal(given.tensors["input_ids"][~is_own])
