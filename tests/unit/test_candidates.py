@@ -8,7 +8,9 @@ from llm_vtrans.allocation import allocate
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.candidates import candidates, choose
 from llm_vtrans.families import family_for
+from llm_vtrans.families.base import Axis
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import Problem
 from llm_vtrans.search import initial_shapes
 
@@ -59,3 +61,21 @@ def test_the_candidate_of_least_loss_is_taken(case: tuple[VIBMasks, Problem]) ->
     hidden = [plan.shape.hidden for plan in candidates(masks, problem)]
     plan, loss = choose(masks, problem, lambda plan: float(plan.shape.hidden))
     assert plan.shape.hidden == loss == min(hidden) < hidden[0]
+
+
+def test_an_oblique_basis_brings_plans_up_to_removing_hidden_dimensions_alone(
+    case: tuple[VIBMasks, Problem],
+) -> None:
+    masks, problem = case
+    size = problem.architecture.num_units[Axis.HIDDEN]
+    basis = ObliqueBasis(*[torch.eye(size, dtype=torch.float64)] * 2)
+    first, *others = candidates(masks, problem, basis)
+    assert first.maps is None and all(plan.maps is not None for plan in others)
+    untouched = [plan.shape for plan in others if bool(plan.present.all())]
+    alone = [s for s in untouched if set(s.ffn) == {CONFIG.intermediate_size}]
+    assert len({shape.hidden for shape in alone}) == 1
+    between = sorted((first.shape.hidden, alone[0].hidden))
+    steps = {s.hidden for s in untouched if between[0] < s.hidden < between[1]}
+    assert len(steps) >= 3
+    for plan in others:
+        assert problem.cost.of(plan.shape) <= problem.budget.target
