@@ -6,7 +6,7 @@ hard-masked network is the truth, and a forward pass of a few batches tells it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -59,16 +59,28 @@ def candidates(
 def _towards_hidden_alone(
     best: PrunePlan, masks: VIBMasks, problem: Problem
 ) -> Iterator[PrunePlan]:
-    """Only hidden dimensions go, the later ones, where that meets the budget; and between."""
-    allowed = problem.counts(Axis.HIDDEN, True)
-    order = torch.linspace(1, 0, problem.architecture.num_units[Axis.HIDDEN], dtype=torch.float64)
-    with suppress(UserError):
+    """Only hidden dimensions go, the later ones, or hardly anything else; and plans between.
+
+    What stays whole keeps its weights as they are: gates were trained for units that go.
+    """
+    size = problem.architecture.num_units[Axis.HIDDEN]
+    order = torch.linspace(1, 0, size, dtype=torch.float64)
+    try:
         alone = allocate_scores({Axis.HIDDEN: order}, {}, problem)
+    except UserError:  # not with hidden dimensions alone
+        return
+    if _is_full(alone, best, problem):
         yield alone
-        for share in BETWEEN:
-            size = best.shape.hidden + share * (alone.shape.hidden - best.shape.hidden)
-            near = min(allowed, key=lambda count: abs(count - size))
-            yield from _of_sizes({Axis.HIDDEN: near}, best, masks, problem)
+    scores, gate = scores_and_gates(masks)
+    whole = {name: score for name, score in scores.items() if name != "layers"}
+    allowed = problem.counts(Axis.HIDDEN, True)
+    larger = [count for count in allowed if count > alone.shape.hidden][:1]
+    for count in larger:
+        yield from _of_sizes({Axis.HIDDEN: count}, [whole], {}, best, problem)
+    for share in BETWEEN:
+        wanted = best.shape.hidden + share * (alone.shape.hidden - best.shape.hidden)
+        near = min(allowed, key=lambda count: abs(count - wanted))
+        yield from _of_sizes({Axis.HIDDEN: near}, _ways(scores, best), gate, best, problem)
 
 
 def _in_basis(plan: PrunePlan, maps: Mapping[str, Tensor]) -> PrunePlan:
@@ -91,23 +103,34 @@ def _neighbours(masks: VIBMasks, problem: Problem) -> Iterator[PrunePlan]:
         fixed = {Axis.HIDDEN: size}
         if num_heads is not None:
             fixed[Axis.HEADS] = num_heads
-        yield from _of_sizes(fixed, best, masks, problem)
+        yield from _of_sizes(fixed, _ways(scores, best), gate, best, problem)
+
+
+def _ways(scores: dict[str, Tensor], best: PrunePlan) -> list[dict[str, Tensor]]:
+    """The scores, and where they remove layers the same without."""
+    if bool(best.present.all()) or len(scores) == 1:
+        return [scores]
+    return [scores, {name: score for name, score in scores.items() if name != "layers"}]
 
 
 def _of_sizes(
-    fixed: dict[Axis, int], best: PrunePlan, masks: VIBMasks, problem: Problem
+    fixed: dict[Axis, int],
+    ways: Iterable[dict[str, Tensor]],
+    gate: dict[str, Tensor],
+    best: PrunePlan,
+    problem: Problem,
 ) -> Iterator[PrunePlan]:
-    """Plans with these sizes that use the budget as well as the best: without layers, and whole."""
-    scores, gate = scores_and_gates(masks)
-    ways = [scores]
-    if not bool(best.present.all()) and len(scores) > 1:
-        ways.append({name: score for name, score in scores.items() if name != "layers"})
+    """Plans with these sizes, one for each way to score units, that use the budget."""
     for way in ways:
         with suppress(UserError):  # these sizes may not fit the budget
             plan = allocate_scores(way, gate, replace(problem, fixed=fixed))
-            is_full = _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE)
-            if plan.shape != best.shape and is_full:
+            if plan.shape != best.shape and _is_full(plan, best, problem):
                 yield plan
+
+
+def _is_full(plan: PrunePlan, best: PrunePlan, problem: Problem) -> bool:
+    """Whether a plan uses the budget as well as the best, or as exactly as is promised."""
+    return _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE)
 
 
 def _used(plan: PrunePlan, problem: Problem) -> float:

@@ -132,7 +132,7 @@ def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
     }
     gains = blocks.benefit.cumsum(0)
     hidden_options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in ranking.pruned)
-    best: tuple[float, int, Tensor] | None = None
+    best: tuple[tuple[bool, float], int, Tensor] | None = None
     for hidden, hidden_gain in zip(
         hidden_options, _hidden_gain(ranking.benefits, hidden_options).tolist(), strict=True
     ):
@@ -148,9 +148,14 @@ def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
         num = _num_within(spent, problem)
         if num < blocks.num_forced:
             continue
-        gain = hidden_gain + float(gains[num - 1])
-        if best is None or gain > best[0]:
-            best = (gain, hidden, spent)
+        # With every block taken nothing can fill what is left of the budget.
+        is_close = num < len(gains) or any(
+            int(row[-1]) >= (1 - TOLERANCE) * limit.budget.target
+            for row, limit in zip(spent, problem.limits, strict=True)
+        )
+        rank = (is_close, hidden_gain + float(gains[num - 1]))
+        if best is None or rank > best[0]:
+            best = (rank, hidden, spent)
     if best is None:
         return None
     _, hidden, spent = best

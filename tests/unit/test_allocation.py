@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
@@ -105,6 +105,7 @@ def test_never_above_the_budget(
 
 @pytest.mark.parametrize("structures", SUBSETS)
 @given(sparsity=st.floats(0.1, 0.7), seed=seeds)
+@example(sparsity=0.15625, seed=504454)  # all but two sub-layers whole, one hidden dimension gone
 @settings(max_examples=6, deadline=None)
 def test_per_layer_comes_close(structures: tuple[str, ...], sparsity: float, seed: int) -> None:
     """Within 0.1% of the budget: a unit of the FFN costs less than that here."""
