@@ -1,18 +1,21 @@
 """Calibration text as people have it: one line, other encodings, no text, special tokens."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from llm_vtrans.calibration import LONGEST_DOCUMENT, TextSource, documents
 from llm_vtrans.prune import prune
-from tests.faults.cases import told
+from tests.faults.cases import one_line, process, told
 from tests.faults.conftest import Tally
 from tests.faults.guard import confined, outcome
 from tests.runs import flags
 
 LETTERS = "abcdefgh ABCDEFGH"
+MANY = 10_000_000  # documents
+MOST_GIB = 2.0  # of resident memory, with torch, for all of them
 
 
 def test_a_giant_line_comes_in_pieces(tmp_path: Path, tally: Tally) -> None:
@@ -66,3 +69,33 @@ def test_one_line_is_enough_text(work: Path, tally: Tally) -> None:
         line = outcome(lambda: prune(flags(work, "--data", str(work / "line.txt"), "--dry-run")))
     assert line is None
     tally.survived("data")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "document"), [("many.txt", "abc\n\n"), ("many.jsonl", '{"text": "abc"}\n')]
+)
+def test_ten_million_short_documents(work: Path, tally: Tally, name: str, document: str) -> None:
+    """A few of them, all of them, or more than there are: memory is bounded."""
+    with (work / name).open("w") as file:
+        for _ in range(100):
+            file.write(document * (MANY // 100))
+    for samples, is_enough in ((16, True), (MANY // 16, True), (MANY, False)):
+        more = ("--data", str(work / name), "--dry-run", "--quiet")
+        child = process(flags(work, *more, samples=samples))
+        assert child.stderr is not None
+        errors = child.stderr.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        print(
+            f"{name}: {samples} windows, {usage.ru_maxrss / 2**20:.2f} GiB, {usage.ru_utime:.0f} s"
+        )
+        assert usage.ru_maxrss < MOST_GIB * 2**20
+        if is_enough:
+            assert (child.returncode, errors) == (0, "")
+            tally.survived("data")
+        else:
+            line = one_line(child.returncode, errors)
+            assert "lower --samples" in line
+            tally.survived("data", line)
