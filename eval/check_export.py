@@ -57,7 +57,7 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     model = load_model(source, torch.float32, torch.device("cpu"), architecture)
     if "rotation" in saved:
         rotate_model(model, architecture, saved["rotation"])
-    tuning = Tuning(architecture, has_maps="rotation" in saved)
+    tuning = Tuning(architecture, is_rotated="rotation" in saved)
     tuning.load_state_dict({name: saved[f"tuned.{name}"] for name in tuning.state_dict()})
     tuning.is_on = True
     masked = MaskedModel(model, architecture, tuning)

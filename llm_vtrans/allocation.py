@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_vtrans.attachment import PROJECTORS, presence
 from llm_vtrans.budget import complete
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Shape, Sublayer
+from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Place, Shape, Sublayer
 from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks, keep_probability
 from llm_vtrans.problem import Problem, check_reachable
@@ -44,7 +44,7 @@ class PrunePlan:
     gate: Mapping[str, Tensor]
     head_dim: int | None = None
     basis: HeadBasis | None = None
-    maps: Mapping[str, Tensor] | None = None
+    maps: Mapping[Place, Tensor] | None = None
 
     @property
     def shape(self) -> Shape:

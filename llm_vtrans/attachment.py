@@ -29,7 +29,7 @@ from llm_vtrans.families.base import (
     TensorSpec,
     head_of,
 )
-from llm_vtrans.tuning import INPUT, OUTPUT, READ, WRITE, Tuning
+from llm_vtrans.tuning import INPUT, OUTPUT, Tuning
 
 # Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
 PRESENT_HIDDEN = "hidden.present"
@@ -111,7 +111,7 @@ class MaskedModel(nn.Module):
         self.model: Any = model.requires_grad_(False)
         self.architecture = architecture
         # Not one of this module's own: ZeRO-3 would slice it with the weights.
-        self._tuning = [tuning or Tuning(architecture, has_maps=False, has_scales=False)]
+        self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
         self._gates: Gates | None = None
         for name, (spec, layer) in architecture.named_tensors().items():
             path, _, leaf = name.rpartition(".")
@@ -159,10 +159,12 @@ class MaskedModel(nn.Module):
             if self.architecture.norm is Norm.LAYER:
                 module.register_forward_hook(self._normalise(path, spec, layer))
             else:
-                module.register_forward_hook(self._tune_norm(path))
+                module.register_forward_hook(self._tune_norm(path, spec, layer))
             return
         if spec.stream is Stream.TAKES:
             module.register_forward_pre_hook(self._keep_present)
+        if spec.stream is Stream.READS and self.architecture.is_post_norm:
+            module.register_forward_pre_hook(self._map_input(spec, layer))
         for dim in spec.dims:
             for block, role in enumerate(dim.roles):
                 if role is Role.QUERY:
@@ -192,16 +194,23 @@ class MaskedModel(nn.Module):
 
         return hook
 
-    def _tune_norm(self, path: str) -> Callable[..., Any]:
+    def _tune_norm(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         """Factors of an RMSNorm, and the map in front of what reads the stream."""
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             if self._gates is None:
                 return None
-            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(READ)
+            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec.place, layer)
             if matrix is not None:
                 return apply_map(output, matrix if scale is None else matrix * scale)
             return None if scale is None else apply_gate(output, scale)
+
+        return hook
+
+    def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            matrix = self.tuning.map(spec.place, layer) if self._gates is not None else None
+            return None if matrix is None else (apply_map(args[0], matrix), *args[1:])
 
         return hook
 
@@ -216,7 +225,7 @@ class MaskedModel(nn.Module):
             if part is not None and "layers" in gates:
                 gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
-            matrix = self.tuning.map(WRITE)
+            matrix = self.tuning.map(spec.place, layer)
             if matrix is not None:
                 return apply_map(output, matrix if factor is None else factor[:, None] * matrix)
             return None if factor is None else apply_gate(output, factor)
@@ -239,7 +248,8 @@ class MaskedModel(nn.Module):
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             output = output if factor is None else apply_gate(output, factor)
             if not is_stream:
-                return output
+                matrix = self.tuning.map(spec.place, layer)
+                return output if matrix is None else apply_map(output, matrix)
             if part is not None and PRESENT_LAYERS in gates:
                 present = gates[PRESENT_LAYERS][layer, part].to(output.dtype)
                 output = torch.lerp(args[0], output, present)

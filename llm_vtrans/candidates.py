@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import Axis
+from llm_vtrans.families.base import Axis, Place
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import TOLERANCE, Problem
@@ -83,7 +83,7 @@ def _towards_hidden_alone(
         yield from _of_sizes({Axis.HIDDEN: near}, _ways(scores, best), gate, best, problem)
 
 
-def _in_basis(plan: PrunePlan, maps: Mapping[str, Tensor]) -> PrunePlan:
+def _in_basis(plan: PrunePlan, maps: Mapping[Place, Tensor]) -> PrunePlan:
     keep = torch.arange(len(plan.keep[Axis.HIDDEN])) < plan.shape.hidden
     return replace(
         plan,

@@ -40,7 +40,7 @@ from llm_vtrans.families.base import (
     TensorSpec,
 )
 from llm_vtrans.loading import stored_name
-from llm_vtrans.rotation import Basis, rotate_tensor
+from llm_vtrans.rotation import Basis, select_hidden
 from llm_vtrans.shard_writer import ShardWriter
 from llm_vtrans.tuning import INPUT, OUTPUT, scale_name
 
@@ -128,14 +128,10 @@ class Pruning:
                 weight = self._select(weight, index, dim, layer)
         weight = weight.float()
         kept = self.kept(Axis.HIDDEN, None)
-        if self.basis is not None:
-            if spec.dim_of(Axis.HIDDEN) is not None:
-                basis = self.basis.read if spec.stream is Stream.READS else self.basis.write
-                weight = rotate_tensor(weight, spec, basis[:, kept], self._norm(spec, layer))
+        if self.basis is None:
+            weight = select_hidden(weight, spec, kept)
         else:
-            for index, dim in enumerate(spec.dims):
-                if dim.axis is Axis.HIDDEN:
-                    weight = weight.index_select(index, kept)
+            weight = self.basis.truncated(weight, spec, layer, kept, self._norm(spec, layer))
         return self._fold(weight, spec, layer)
 
     def _select(self, weight: Tensor, index: int, dim: Dim, layer: int | None) -> Tensor:

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.families.base import Architecture, Axis, Stream
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream
 from llm_vtrans.hooks import removed_after
-from llm_vtrans.tuning import READ, WRITE
 
 RIDGE = 0.01  # of the mean Fisher information: every direction counts a little
 
@@ -51,7 +50,7 @@ class ObliqueBasis:
         _, vectors = torch.linalg.eigh(lower.T @ self.inputs @ lower)
         return lower, vectors.flip(1)
 
-    def maps(self, size: int) -> dict[str, Tensor]:
+    def maps(self, size: int) -> dict[Place, Tensor]:
         """The best projection that keeps `size` dimensions, as maps of `Tuning`.
 
         Returns:
@@ -64,8 +63,8 @@ class ObliqueBasis:
         write = mixing @ kept.T @ lower.T
         identity = torch.eye(len(lower))
         return {
-            WRITE: torch.cat([write.float().cpu(), identity[size:]]),
-            READ: torch.cat([read.float().cpu(), identity[:, size:]], dim=1),
+            Place.WRITE: torch.cat([write.float().cpu(), identity[size:]]),
+            Place.READ: torch.cat([read.float().cpu(), identity[:, size:]], dim=1),
         }
 
 

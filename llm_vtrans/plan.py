@@ -27,7 +27,6 @@ from llm_vtrans.resources import (
     Workload,
     describe_bytes,
     estimate_memory,
-    num_parameters,
     training_flops,
     weight_bytes,
 )
@@ -183,7 +182,7 @@ def plan(arguments: list[str]) -> None:
 def _print_model(
     args: argparse.Namespace, config: Any, architecture: Architecture, seq_len: int
 ) -> None:
-    params = num_parameters(architecture)
+    params = architecture.num_parameters
     macs = int(mac_cost(architecture, seq_len).of(dense_shape(architecture)))
     kept = 1 - args.sparsity
     print(

@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
+from llm_vtrans.budget import dense_shape, mac_cost
 from llm_vtrans.distillation_loss import CHUNK_LOGITS
 from llm_vtrans.families.base import Architecture, Axis, Sublayer
+from llm_vtrans.tuning import num_maps
 
 GIB = 2**30
 CPU_PROCESS_BYTES = int(0.45 * GIB)  # python, torch, transformers, datasets: measured when idle
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
 LOGIT_COPIES = 5  # student, teacher, two log-softmaxes and their gradient, of one chunk
-ADAM_COPIES = 4  # mu or log_var, its gradient and two moments
+ADAM_COPIES = 4  # what is trained, its gradient and two moments
 BYTES_4BIT = 0.5 + 1 / 16  # a float32 scale for each block of 64
 
 
@@ -69,11 +70,6 @@ class Memory:
     def peak(self) -> int:
         """The largest of the phases."""
         return max(self.load, self.train, self.export)
-
-
-def num_parameters(architecture: Architecture) -> int:
-    """Parameters of the dense model, tied ones once."""
-    return int(parameter_cost(architecture).of(dense_shape(architecture)))
 
 
 def weight_bytes(architecture: Architecture, work: Workload) -> int:
@@ -140,8 +136,9 @@ def estimate_memory(
     largest = max(prod(spec.shape) for spec in architecture.tensors)
     gathered = largest_layer_bytes(architecture, work) if work.is_sliced else 0
     chunk = min(CHUNK_LOGITS, work.tokens * vocab_size)
-    state = 2 * num_masks(architecture) * 4 * ADAM_COPIES
     hidden = architecture.num_units[Axis.HIDDEN]
+    trained = max(2 * num_masks(architecture), num_maps(architecture) * hidden**2)
+    state = trained * 4 * ADAM_COPIES
     kept = work.tokens * (activation_bytes_per_token(architecture, work) + 3 * 4 * hidden)
     # Perplexity of the held-out windows takes all logits of a batch in the model's dtype.
     scored = work.tokens * vocab_size * work.dtype_bytes

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
 from llm_vtrans.zero3 import gathered, is_writer
 
@@ -27,18 +27,61 @@ class Basis:
     """Directions of the residual stream, as columns of `(hidden_size, hidden_size)` float32.
 
     Attributes:
-        write: what writes to the stream is projected onto these.
-        read: what reads from it sees coordinate i along direction i of these. After a plain
-            rotation both are the same orthogonal matrix.
+        at: of a place and, inside the layers, of a layer. What writes to the stream is projected
+            onto them, what reads from it sees coordinate i along direction i. After a plain
+            rotation all are one orthogonal matrix; where there are none, the stream's own
+            coordinates stay.
+        is_rotated: whether norm weights are folded into what reads.
     """
 
-    write: Tensor
-    read: Tensor
+    at: Callable[[Place, int | None], Tensor | None]
+    is_rotated: bool
 
     @classmethod
     def rotation(cls, matrix: Tensor) -> Basis:
         """The basis after an orthogonal change `(hidden_size, hidden_size)`."""
-        return cls(matrix, matrix)
+        return cls(lambda place, layer: matrix, is_rotated=True)
+
+    def truncated(
+        self,
+        weight: Tensor,
+        spec: TensorSpec,
+        layer: int | None,
+        kept: Tensor,
+        norm_weight: Tensor | None,
+    ) -> Tensor:
+        """One tensor in the kept directions.
+
+        Args:
+            weight: of the dense model, any float dtype.
+            spec: its row of the table.
+            layer: index of the dense layer, None outside.
+            kept: indices of the directions that stay, `(num_kept,)`.
+            norm_weight: what the norm in front multiplies by, `(hidden_size,)`, for readers.
+        """
+        columns = self.at(spec.place, layer)
+        if self.is_rotated:
+            assert columns is not None
+            return rotate_tensor(weight, spec, columns[:, kept], norm_weight)
+        if columns is not None and (spec.is_write or spec.stream is Stream.READS):
+            return _along_hidden(weight, spec, columns[:, kept])
+        return select_hidden(weight, spec, kept)
+
+
+def select_hidden(weight: Tensor, spec: TensorSpec, kept: Tensor) -> Tensor:
+    """The entries of kept hidden dimensions, wherever a tensor has that axis."""
+    for index, dim in enumerate(spec.dims):
+        if dim.axis is Axis.HIDDEN:
+            weight = weight.index_select(index, kept)
+    return weight
+
+
+def _along_hidden(weight: Tensor, spec: TensorSpec, columns: Tensor) -> Tensor:
+    """Contracts the hidden dimension, if there is one, with `(hidden_size, num_directions)`."""
+    dim = spec.dim_of(Axis.HIDDEN)
+    if dim is None:
+        return weight
+    return (weight.to(columns.dtype).movedim(dim, -1) @ columns).movedim(-1, dim)
 
 
 def rotated_architecture(architecture: Architecture) -> Architecture:
@@ -69,16 +112,16 @@ def rotate_tensor(
     Returns:
         The rotated tensor in the basis's dtype (`weight` itself where nothing changes).
     """
-    dim = spec.dim_of(Axis.HIDDEN)
-    if dim is None or spec.stream is Stream.APART:
+    if spec.stream is Stream.APART:
         return weight
     if spec.stream is Stream.SCALES:
         return basis.new_ones(basis.shape[1]) - spec.offset
-    weight = weight.to(basis.dtype).movedim(dim, -1)
-    if spec.stream is Stream.READS:
+    dim = spec.dim_of(Axis.HIDDEN)
+    if spec.stream is Stream.READS and dim is not None:
         assert norm_weight is not None, spec.name
-        weight = weight * norm_weight.to(basis.dtype)
-    return (weight @ basis).movedim(-1, dim)
+        shape = [-1 if index == dim else 1 for index in range(weight.dim())]
+        weight = weight.to(basis.dtype) * norm_weight.to(basis.dtype).view(shape)
+    return _along_hidden(weight, spec, basis)
 
 
 @torch.no_grad()

@@ -2,26 +2,29 @@
 
 Hidden pruning keeps a subspace of the residual stream. PCA picks the one of largest
 variance; the network's output may need another, and what writes to the stream may
-project onto it along other directions than it is read. So two matrices that serve the
-whole network are trained, one at all writes and one at all reads: SliceGPT's
-change of basis (arXiv:2401.15024, section 3), oblique and learned. Beside them
-every place where a gate multiplies has factors of its own, as (IA)^3 has (arXiv:2205.05638).
+project onto it along other directions than it is read. So square matrices are trained:
+SliceGPT's change of basis (arXiv:2401.15024, section 3), oblique and learned. One serves what
+embeddings write, one what the head reads, and layers share theirs in groups of neighbours, as
+many as `MAP_SHARE` allows. Beside them every place where a gate multiplies has factors
+of its own, as (IA)^3 has (arXiv:2205.05638).
 The weights stay frozen, and nothing is left over at run time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
 from llm_vtrans.rotation import Basis
 
-WRITE, READ = "write", "read"
 INPUT, OUTPUT = "in", "out"
+INSIDE = (Place.WRITE, Place.READ)
+MAP_SHARE = 0.05  # of the model's parameters may be trained in maps, at 16 bytes each
 MAP_LEARNING_RATE = 0.2  # divided by the width
 SCALE_LEARNING_RATE = 0.003
 
@@ -34,27 +37,34 @@ def scale_name(module: str, side: str) -> str:
 class Tuning(nn.Module):
     """Maps of the residual stream and factors at every gate, float32, at first the identity.
 
-    With a kept set `K` of hidden dimensions, writers become `(write @ W)[K]` and readers
-    `W @ read[:, K]`.
+    With a kept set `K` of hidden dimensions, what writes becomes `(map @ W)[K]` and what reads
+    `W @ map[:, K]`. Layers always have maps; embeddings and head only where the stream was
+    rotated: else they may be one table, or a norm stands between.
 
     They act where gates are set and `is_on` is.
 
     Args:
         architecture: table of the model.
-        has_maps: whether the stream may change its basis (`Family.rotates`).
-        has_scales: whether there are factors.
+        is_rotated: whether the stream's basis was changed (`Family.rotates`).
+        is_empty: neither maps nor factors.
     """
 
-    def __init__(self, architecture: Architecture, has_maps: bool, has_scales: bool = True):
+    def __init__(self, architecture: Architecture, is_rotated: bool, is_empty: bool = False):
         super().__init__()
         size = architecture.num_units[Axis.HIDDEN]
+        places = () if is_empty else tuple(Place) if is_rotated else INSIDE
+        self._layers_per_map = layers_per_map(architecture)
         self.maps = nn.ParameterDict(
-            {name: nn.Parameter(torch.eye(size)) for name in (WRITE, READ) if has_maps}
+            {
+                self._map_name(place, layer): nn.Parameter(torch.eye(size))
+                for place in places
+                for layer in (range(architecture.num_layers) if place in INSIDE else [None])
+            }
         )
         self.scales = nn.ParameterDict()
         for name, (spec, _) in architecture.named_tensors().items():
             module, _, leaf = name.rpartition(".")
-            if has_scales and leaf == "weight":
+            if not is_empty and leaf == "weight":
                 for side, size in _sides(architecture, spec).items():
                     self.scales[scale_name(module, side)] = nn.Parameter(torch.ones(size))
         self.is_on = False
@@ -63,33 +73,46 @@ class Tuning(nn.Module):
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
         return self.scales.get(scale_name(module, side)) if self.is_on else None
 
-    def map(self, name: str) -> Tensor | None:
-        """Map of what is written or read, `(hidden_size, hidden_size)`."""
-        return self.maps.get(name) if self.is_on else None
+    def _map_name(self, place: Place, layer: int | None) -> str:
+        return place.value if layer is None else f"{place.value}{layer // self._layers_per_map}"
+
+    def map(self, place: Place, layer: int | None) -> Tensor | None:
+        """Map of what is written or read in a place, `(hidden_size, hidden_size)`."""
+        return self.maps.get(self._map_name(place, layer)) if self.is_on else None
 
     @torch.no_grad()
-    def start(self, maps: Mapping[str, Tensor] | None) -> None:
+    def start(self, maps: Mapping[Place, Tensor] | None) -> None:
         """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them.
 
         Args:
-            maps: what `map` gives until training changes it; None for the identity, and not to act.
+            maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too;
+                None for the identity, and not to act.
         """
         self.is_on = maps is not None
         for name, parameter in self.maps.items():
-            parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[name])
+            side = Place.WRITE if _writes(name) else Place.READ
+            parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[side])
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
-        """The stream's directions, maps and rotation in one; None if it was not rotated.
+        """The stream's directions, maps and rotation in one; None if neither is there.
 
         Args:
             rotation: `(hidden_size, hidden_size)`, columns the directions that the maps act on.
         """
-        if rotation is None:
-            return None
         if not self.maps:
-            return Basis.rotation(rotation)
-        write, read = (self.maps[name].detach().to(rotation.device) for name in (WRITE, READ))
-        return Basis(rotation @ write.T, rotation @ read)
+            return None if rotation is None else Basis.rotation(rotation)
+
+        @lru_cache(maxsize=len(Place))  # tensors are asked for layer by layer
+        def directions(name: str) -> Tensor | None:
+            if name not in self.maps:
+                return None
+            matrix = self.maps[name].detach().cpu()
+            columns = matrix.T if _writes(name) else matrix
+            return columns if rotation is None else rotation.cpu() @ columns
+
+        return Basis(
+            lambda place, layer: directions(self._map_name(place, layer)), rotation is not None
+        )
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by `scale_name`, on the CPU."""
@@ -104,6 +127,23 @@ class Tuning(nn.Module):
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
         groups = [{"params": [p], "peak": MAP_LEARNING_RATE / p.shape[1]} for p in maps]
         return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE}]
+
+
+def num_maps(architecture: Architecture) -> int:
+    """Maps of a network whose stream was rotated."""
+    return 2 + 2 * -(-architecture.num_layers // layers_per_map(architecture))
+
+
+def layers_per_map(architecture: Architecture) -> int:
+    """Neighbouring layers that share a map of what they write and one of what they read."""
+    num = MAP_SHARE * architecture.num_parameters / architecture.num_units[Axis.HIDDEN] ** 2
+    num_groups = max(1, int(num - 2) // 2)  # beside embeddings and head
+    return -(-architecture.num_layers // num_groups)
+
+
+def _writes(name: str) -> bool:
+    """Whether a map stands behind what writes to the stream."""
+    return name.startswith((Place.START.value, Place.WRITE.value))
 
 
 def _sides(architecture: Architecture, spec: TensorSpec) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
 from typing import Any
 
 from llm_vtrans.errors import UserError
@@ -62,6 +63,15 @@ class Stream(StrEnum):
     SHIFTS = "shifts"  # a norm's bias
     RENEWS = "renews"  # weight or bias of a post-norm: its output is the stream
     APART = "apart"
+
+
+class Place(StrEnum):
+    """Where along the depth of a network a tensor meets the residual stream."""
+
+    START = "start"  # embeddings write
+    WRITE = "write"  # layers write
+    READ = "read"  # layers read
+    END = "end"  # the head reads
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,13 @@ class TensorSpec:
         """Whether it adds to the residual stream."""
         return self.stream in (Stream.WRITES, Stream.JOINS)
 
+    @property
+    def place(self) -> Place:
+        """Where it writes, or where what it belongs to is read: a norm comes before readers."""
+        if self.sublayer is None:
+            return Place.START if self.is_write else Place.END
+        return Place.WRITE if self.is_write else Place.READ
+
     def dim_of(self, axis: Axis) -> int | None:
         """Index of the first dimension that belongs to `axis`, or None."""
         return next((i for i, dim in enumerate(self.dims) if dim.axis is axis), None)
@@ -153,9 +170,19 @@ class Architecture:
     norm: Norm = Norm.RMS
     couples_heads: bool = False
 
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether layers read the stream itself, as norms come behind what joins it."""
+        return any(spec.stream is Stream.RENEWS and spec.sublayer for spec in self.tensors)
+
     def units_per(self, dim: Dim) -> int:
         """Consecutive entries of a block that one unit of the dimension's axis covers."""
         return 1 if dim.axis is None else dim.size // dim.num_blocks // self.num_units[dim.axis]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the dense model, tied ones once."""
+        return sum(prod(spec.shape) for spec, _ in self.named_tensors().values())
 
     @property
     def embedding(self) -> TensorSpec:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning
-from llm_vtrans.families.base import Axis, Stream, TensorSpec
+from llm_vtrans.families.base import Axis, Place, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
 from llm_vtrans.recovery_training import RecoveryRun
 from llm_vtrans.tasks.encoding import Examples
@@ -171,10 +171,10 @@ def recover(
     path = _layers_path(pruning)
     dense_layers, dense_stream = _enter(dense, path, batches)
     pruned_layers, pruned_stream = _enter(pruned, path, batches)
-    project = stream_map(pruning, device)
     positions = {layer: i for i, layer in enumerate(pruning.plan.shape.kept_layers)}
     for index in range(len(dense_layers)):
         writers = list(_writers(dense, pruned, pruning, index))
+        project = stream_map(pruning, index, device)
         targets: list[list[Tensor]] = []
         for number, stream in enumerate(dense_stream):
             with ExitStack() as stack:
@@ -194,14 +194,15 @@ def recover(
     return pruned
 
 
-def stream_map(pruning: Pruning, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Maps what the dense network writes `(..., d)` to what the exported one should `(..., d')`."""
+def stream_map(pruning: Pruning, layer: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Maps what a dense layer writes `(..., d)` to what the exported one should `(..., d')`."""
     kept = pruning.kept(Axis.HIDDEN, None)
     gate = pruning.plan.gate[Axis.HIDDEN]
     factor = (gate[kept] * (len(kept) / len(gate)) ** 0.5).to(device)
-    if pruning.basis is None:
+    columns = None if pruning.basis is None else pruning.basis.at(Place.WRITE, layer)
+    if columns is None:
         return lambda y: y[..., kept.to(device)] * factor
-    columns = pruning.basis.write[:, kept].to(device) * factor
+    columns = columns[:, kept].to(device) * factor
     return lambda y: y.float() @ columns
 
 

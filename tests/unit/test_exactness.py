@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -94,9 +95,10 @@ def inputs_for(config: Any, seed: int, num: int = 2, choices: int = 3) -> dict[s
 
 @torch.no_grad()
 def random_tuning(architecture: Architecture, is_rotated: bool, seed: int) -> Tuning:
-    """Maps near the identity and factors far from one, as training may leave them."""
+    """Maps near the identity, for each layer another, and factors far from one."""
     draw = torch.Generator().manual_seed(seed)
-    tuning = Tuning(architecture, is_rotated)
+    with patch("llm_vtrans.tuning.MAP_SHARE", 10.0):
+        tuning = Tuning(architecture, is_rotated)
     for matrix in tuning.maps.values():
         matrix += 0.1 * torch.randn(matrix.shape, generator=draw)
     for factor in tuning.scales.values():

@@ -13,6 +13,7 @@ from llm_vtrans.budget import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Axis
+from llm_vtrans.families.base import Place
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.recovery import recovery_for
 from llm_vtrans.recovery.least_squares import Moments, recover, solve
@@ -131,7 +132,9 @@ def test_first_matrix_error_falls(tmp_path: Path, name: str, basis: bool, hidden
         return seen[0]
 
     target = attention(dense)
-    target = target @ pruning.basis.write[:, :hidden] if basis else target[..., :hidden]
+    target = (
+        target @ pruning.basis.at(Place.WRITE, None)[:, :hidden] if basis else target[..., :hidden]
+    )
     target = target * (hidden / 24) ** 0.5
     before = (attention(pruned) - target).square().sum()
     with torch.no_grad():

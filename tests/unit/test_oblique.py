@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.families.base import Place
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.oblique import RIDGE, ObliqueBasis, oblique_basis
-from llm_vtrans.tuning import READ, WRITE
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WIDTH = 12
@@ -34,7 +34,7 @@ def test_least_loss(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     basis = ObliqueBasis(random_moment(generator), random_moment(generator))
     maps = basis.maps(size)
-    write, read = maps[WRITE][:size].double(), maps[READ][:, :size].double()
+    write, read = maps[Place.WRITE][:size].double(), maps[Place.READ][:, :size].double()
     projector = read @ write
     torch.testing.assert_close(projector @ projector, projector, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(read.T @ read, torch.eye(size).double(), rtol=0, atol=1e-5)

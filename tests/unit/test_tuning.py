@@ -12,7 +12,7 @@ from llm_vtrans.preemption import Preemption
 from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training import TrainingSettings, train
 from llm_vtrans.tune import TuneObjective
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.tuning import Tuning, num_maps
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 
 LANGUAGE_MODELS = ["llama", "llama-bias", "qwen3", "gemma", "gpt2"]
@@ -101,3 +101,14 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     )
     assert saved == [60]
     assert loss() < 0.9 * before
+
+
+@pytest.mark.parametrize(("share", "num"), [(0.0, 4), (10.0, 2 + 2 * 3)])
+def test_layers_share_maps_as_far_as_they_must(
+    monkeypatch: pytest.MonkeyPatch, share: float, num: int
+) -> None:
+    """At least one pair for all layers, at most one for each; embeddings and head have theirs."""
+    monkeypatch.setattr("llm_vtrans.tuning.MAP_SHARE", share)
+    assert CONFIGS["llama"].num_hidden_layers == 3
+    assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
+    assert len(fresh("gpt2").maps) == num - 2  # not rotated
