@@ -6,7 +6,10 @@ and the state saved first; elsewhere there is nothing to save that is not on dis
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +22,8 @@ from torch import Tensor
 from llm_vtrans.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate launch
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Preemption:
@@ -37,6 +42,9 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if sys.platform == "linux" and any(name in os.environ for name in LAUNCHED):
+            # A launcher that was killed ends nobody: the kernel does it.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:

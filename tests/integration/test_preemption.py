@@ -80,6 +80,38 @@ def test_one_rank_of_two_is_asked(tmp_path: Path) -> None:
     assert "stopped by a signal to another rank" in errors  # what rank zero tells
 
 
+LAUNCHERS = {
+    "accelerate": ("-m", "accelerate.commands.launch", "--cpu"),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+}
+
+
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)]
+)
+def test_nobody_outlives_a_killed_launcher(uninterrupted: Path, work: Path, launcher: str) -> None:
+    process = start(long_run(work), *LAUNCHERS[launcher])
+    wait_for_step(process, work, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (child,) = (pid for pid in children if "prune.py" in _command(pid))
+    process.kill()
+    _, errors = process.communicate()  # ends when the child has closed its side
+    assert "stopped by SIGTERM; --resume continues" in errors
+    while not _has_ended(child):
+        time.sleep(0.01)
+    assert 3 <= saved_step(work) < test_resume.NUM_STEPS
+    finish(long_run(work, "--resume"))
+    assert hashes(work) == hashes(uninterrupted)
+
+
+def _has_ended(pid: str) -> bool:
+    """Whether nothing of a process is left to run; who collects its status is another matter."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def _command(pid: str) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
