@@ -114,8 +114,8 @@ class PruneArguments:
     )
     tune_share: float = _option(
         1 / 3,
-        "Share of the samples that is used after the units are picked, to tune the stream's basis "
-        "and a factor at every gate for them. 0: none.",
+        "Share of the samples that is used after the units are picked, to tune maps of the "
+        "residual stream and a factor at every gate for them. 0: none.",
     )
     token_noise: float = _option(
         0.15,

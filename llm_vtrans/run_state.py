@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from contextlib import suppress
@@ -82,6 +83,7 @@ def save_state(
     path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write_bytes(path, save(tensors, metadata))
+    gc.collect(1)  # safetensors leaves cycles, for which a full collection would come late
 
 
 def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
