@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.head_basis import PREFIX, HeadBasis
-from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_bytes
+from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write
 from llm_vtrans.redaction import redact
 from llm_vtrans.reporting import table
+from llm_vtrans.shard_writer import file_parts
 
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
@@ -52,9 +52,7 @@ def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str)
             rotation and the tuning.
         source_sha256: identity of the dense checkpoint.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One metadata key only: safetensors writes several in random order.
-    atomic_write_bytes(folder / MASKS_FILE, save(tensors, {"source": source_sha256}))
+    atomic_write(folder / MASKS_FILE, file_parts(tensors, {"source": source_sha256}))
 
 
 def plan_tensors(plan: PrunePlan) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -225,6 +225,11 @@ def _lock(lock: Path, path: Path) -> int:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """`atomic_write` for bytes that are there already."""
+    atomic_write(path, [data])
+
+
+def atomic_write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file that a reader or a crash never sees half written; its folder must exist."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -232,7 +237,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         with temporary.open("xb") as file:  # "x" follows no link that somebody else put there
             mode = os.fstat(file.fileno()).st_mode
             _permit(file.fileno(), mode & PRIVATE)
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             _permit(file.fileno(), mode)

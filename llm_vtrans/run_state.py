@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from contextlib import suppress
@@ -11,12 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.output_folder import PRIVATE_FOLDER, atomic_write_bytes
+from llm_vtrans.output_folder import PRIVATE_FOLDER, atomic_write
 from llm_vtrans.reporting import METRICS_FILE, truncate_metrics
+from llm_vtrans.shard_writer import file_parts
 from llm_vtrans.trained_weights import FOLDER as WEIGHTS_FOLDER
 from llm_vtrans.training import Objective
 
@@ -81,9 +80,7 @@ def save_state(
     metadata = {"step": str(step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
     path = folder / STATE_FILE
     path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write_bytes(path, save(tensors, metadata))
-    gc.collect(1)  # safetensors leaves cycles, for which a full collection would come late
+    atomic_write(path, file_parts(tensors, metadata))
 
 
 def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from llm_vtrans.checkpoint import DTYPES, INDEX_FILE, METADATA_KEY, SINGLE_FILE
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
+FORMAT = {"format": "pt"}  # transformers refuses a file that does not name its framework
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -48,11 +49,10 @@ class ShardWriter:
         found = (tuple(tensor.shape), tensor.dtype)
         assert found == self._specs[name], f"{name}: {found}, planned {self._specs[name]}"
 
-        data = tensor.detach().cpu().reshape(-1).view(torch.uint8)
-        parts: list[bytes | memoryview] = [data.numpy().data]
+        parts: list[bytes | memoryview] = [_bytes_of(tensor)]
         names = self._shards[file_name]
         if name == names[0]:
-            parts.insert(0, _header(self._specs, names))
+            parts.insert(0, _header({name: self._specs[name] for name in names}, FORMAT))
         self._append(file_name, parts, is_last=name == names[-1])
 
     def close(self) -> dict[str, str]:
@@ -85,6 +85,26 @@ class ShardWriter:
                 os.fsync(file.fileno())
 
 
+def file_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor after the other, none of which is copied.
+
+    Args:
+        tensors: from any device.
+        metadata: of the header, in this order.
+    """
+    # Widest entries first, as the library does, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    specs = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+    yield _header(specs, metadata)
+    yield from (_bytes_of(tensors[name]) for name in names)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> dict[str, list[str]]:
     """File name to the names of its tensors: as many as fit, in the given order."""
     shards: list[list[str]] = [[]]
@@ -105,14 +125,12 @@ def _plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> dict[str, 
     }
 
 
-def _header(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> bytes:
-    """Length and JSON of a shard's header, padded so that the data starts 8-byte aligned."""
-    # transformers refuses a file that does not name its framework.
-    entries: dict[str, object] = {METADATA_KEY: {"format": "pt"}}
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a file's header, padded so that the data starts 8-byte aligned."""
+    entries: dict[str, object] = {METADATA_KEY: metadata}
     begin = 0
-    for name in names:
-        shape, dtype = specs[name]
-        end = begin + _num_bytes(specs[name])
+    for name, (shape, dtype) in specs.items():
+        end = begin + _num_bytes((shape, dtype))
         entries[name] = {
             "dtype": _DTYPE_NAMES[dtype],
             "shape": list(shape),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_vtrans.checkpoint import DTYPES, Checkpoint
-from llm_vtrans.shard_writer import ShardWriter
+from llm_vtrans.shard_writer import ShardWriter, file_parts
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 specs = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPES))), min_size=1, max_size=8)
@@ -120,3 +120,28 @@ def test_broken_promises_are_our_own_errors(tmp_path: Path) -> None:
     writer.write("a", torch.zeros(2))
     with pytest.raises(AssertionError, match=r"never written: \['b'\]"):
         writer.close()
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=6),
+    dtypes=st.lists(
+        st.sampled_from([torch.bool, torch.bfloat16, torch.float32, torch.int64]),
+        min_size=6,
+        max_size=6,
+    ),
+)
+def test_one_file_is_what_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[list[int]], dtypes: list[torch.dtype]
+) -> None:
+    tensors = {
+        f"tensor.{i}": torch.randint(0, 2, shape).to(dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
+    }
+    path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    path.write_bytes(b"".join(file_parts(tensors, {"b": "1", "a": "é"})))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"a": "é", "b": "1"}
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            assert found.dtype is tensor.dtype and found.equal(tensor)
