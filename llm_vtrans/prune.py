@@ -21,6 +21,7 @@ from llm_vtrans.output_folder import exclusive
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.recording import finished_manifest, result_line
 from llm_vtrans.reporting import Reporter
+from llm_vtrans.run_state import remove_state
 from llm_vtrans.tasks.finetuning import finetune_first
 
 
@@ -74,6 +75,8 @@ def sole_writer(folder: Path) -> AbstractContextManager[None]:
 
 def _tell_finished(args: PruneArguments, manifest: dict[str, Any]) -> None:
     folder = args.output_folder()
+    if is_rank_zero():
+        remove_state(folder)  # it may have been killed while it did so
     if args.json and is_rank_zero():
         print(result_line(folder, manifest), flush=True)
     else:

@@ -11,6 +11,8 @@ import pytest
 
 from llm_vtrans.command import PREEMPTED, USER_ERROR, run_command
 from llm_vtrans.prune import prune
+from llm_vtrans.reporting import METRICS_FILE
+from llm_vtrans.run_state import STATE_FOLDER
 from tests.integration import test_resume
 from tests.integration.test_resume import hashes, long_run, metrics, saved_step
 from tests.integration.test_two_ranks import TWO_RANKS
@@ -57,8 +59,13 @@ def test_signal_saves_and_tells(uninterrupted: Path, work: Path) -> None:
 def test_a_finished_run_is_resumed_with_success(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It also clears away what a kill has left of a state that was being removed."""
     before = hashes(uninterrupted)
+    state = uninterrupted / "out" / STATE_FOLDER
+    state.mkdir()
+    (state / METRICS_FILE).touch()
     assert run_command(prune, long_run(uninterrupted, "--resume")) == 0
+    assert not state.exists()
     assert "is finished already" in capsys.readouterr().out
     assert hashes(uninterrupted) == before
     assert run_command(prune, long_run(uninterrupted, "--resume", "--seed", "7")) == USER_ERROR
