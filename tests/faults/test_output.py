@@ -63,21 +63,32 @@ def test_file_size_limit(work: Path, tally: Tally) -> None:
     tally.survived("disk", line)
 
 
-@pytest.mark.parametrize("kib", [16, 48, 96, 160])
-def test_full_disk(work: Path, kib: int, tally: Tally) -> None:
-    """A file system of its own that is too small for the state, the shards or the report."""
+def on_disk(work: Path, options: str) -> tuple[str, str]:
+    """Output and the one line of a run that writes to a file system of its own."""
     disk = work / "disk"
     disk.mkdir()
-    mount = f'mount -t tmpfs -o size={kib}k tmpfs "{disk}"'
+    mount = f'mount -t tmpfs -o {options} tmpfs "{disk}"'
     inside = ("unshare", "-rm", "sh", "-c")
     if subprocess.run([*inside, mount], capture_output=True).returncode:
         pytest.skip("mounting in a namespace of its own is not allowed here")
     script = f'{mount} && "$@"; status=$?; ls -A "{disk}/out" 2>/dev/null; exit $status'
     child = process(flags(work, *QUICK, "--output", str(disk / "out")), *inside, script, "sh")
     output, errors = child.communicate()
-    line = one_line(child.returncode, errors)
+    return output, one_line(child.returncode, errors)
+
+
+@pytest.mark.parametrize("kib", [16, 48, 96, 160])
+def test_full_disk(work: Path, kib: int, tally: Tally) -> None:
+    """Too small for the state, the shards or the report."""
+    output, line = on_disk(work, f"size={kib}k")
     assert "space" in line or "GB free" in line
     assert "config.json" not in output
+    tally.survived("disk", line)
+
+
+def test_read_only_disk(work: Path, tally: Tally) -> None:
+    output, line = on_disk(work, "ro")
+    assert output == "" and "is no writable folder" in line
     tally.survived("disk", line)
 
 
