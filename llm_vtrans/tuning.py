@@ -24,7 +24,7 @@ from llm_vtrans.rotation import Basis
 
 INPUT, OUTPUT = "in", "out"
 INSIDE = (Place.WRITE, Place.READ)
-MAP_SHARE = 1 / 16  # of the parameters, at most, are trained in maps, at 16 bytes each
+MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each
 MAP_LEARNING_RATE = 0.2  # divided by the width
 SCALE_LEARNING_RATE = 0.003
 
