@@ -47,7 +47,7 @@ class Chooser:
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        plan, _ = choose(self._masks, problem, self._loss, self._oblique)
+        plan, _ = choose(self._masks, problem, self.loss, self._oblique)
         return replace(plan, basis=self._head_basis)
 
     def use(self, plan: PrunePlan) -> None:
@@ -57,7 +57,8 @@ class Chooser:
         masked.set_gates(hard_gates(plan, next(self._masks.parameters()).device))
 
     @torch.no_grad()
-    def _loss(self, plan: PrunePlan) -> float:
+    def loss(self, plan: PrunePlan) -> float:
+        """Distillation loss of the hard-masked network, summed over the batches."""
         self.use(replace(plan, basis=self._head_basis))
         return sum(float(self._distillation.loss(*pair)) for pair in self._taught)
 

@@ -1,4 +1,4 @@
-"""Pretrain a small LLaMA from scratch; without `--data` it reproduces the embedded model."""
+"""Pretrain a small network from scratch; without `--data` it reproduces the embedded model."""
 
 import argparse
 import json
@@ -8,19 +8,19 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llm_vtrans.embedded.corpus import heldout_documents, training_documents
+from llm_vtrans.embedded.networks import KINDS, Loss, build_model, next_token_loss
 from llm_vtrans.errors import UserError
 
-SEPARATOR = "<|endoftext|>"
 WARMUP_FRACTION = 0.05
 HELDOUT_FRACTION = 0.02  # of the documents of --data
 PROGRESS_STEPS = 50
@@ -47,29 +47,29 @@ def read_documents(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(
-    documents: Sequence[str], vocab_size: int, max_positions: int
+    documents: Sequence[str], vocab_size: int, max_positions: int, special: Mapping[str, str]
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, which can encode any text.
 
     Args:
         documents: The training text.
-        vocab_size: Number of tokens, including the 256 bytes and the separator.
+        vocab_size: Number of tokens, including the 256 bytes and the special ones.
         max_positions: Length in tokens of the longest input the model will take.
+        special: Special tokens by the names that `transformers` gives their roles.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[SEPARATOR],
+        special_tokens=list(dict.fromkeys(special.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=SEPARATOR,
-        eos_token=SEPARATOR,
+        **special,
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
     )
@@ -77,36 +77,18 @@ def train_tokenizer(
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Tensor:
     """Return all documents as one row of token ids, shape (tokens,), a separator before each."""
-    text = "".join(SEPARATOR + document for document in documents)
+    text = "".join(str(tokenizer.eos_token) + document for document in documents)
     return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
 
 
-def build_model(
-    settings: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
-) -> LlamaForCausalLM:
-    """Return a freshly initialised float32 model for this tokenizer."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_kv_heads,
-        max_position_embeddings=settings.max_positions,
-        tie_word_embeddings=settings.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
 def train(
-    model: LlamaForCausalLM, tokens: Tensor, settings: argparse.Namespace, steps: int
+    model: PreTrainedModel, loss_of: Loss, tokens: Tensor, settings: argparse.Namespace, steps: int
 ) -> None:
     """Train on windows that start anywhere in `tokens`, so that no epoch repeats another's.
 
     Args:
         model: The model, changed in place.
+        loss_of: What it is trained to minimise.
         tokens: Training token ids, shape (tokens,).
         settings: The parsed flags.
         steps: Number of batches.
@@ -118,7 +100,7 @@ def train(
     model.train()
     for step in range(1, steps + 1):
         starts = torch.randint(len(tokens) - settings.seq_len, (settings.batch_size, 1))
-        loss = mean_loss(model, tokens[starts + offsets])
+        loss = loss_of(model, tokens[starts + offsets], step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,7 +114,7 @@ def train(
             print(f"{progress}  {speed:,.0f} tokens/s  ETA {eta:.1f} min", flush=True)
 
 
-def build_optimizer(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
     """Return AdamW that decays the matrices but not the norms' gains."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
@@ -149,26 +131,23 @@ def rate(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def mean_loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
-    """Return the mean next-token cross-entropy, in nats, of windows of shape (batch, length)."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-
-
 @torch.inference_mode()
-def model_perplexity(model: LlamaForCausalLM, tokens: Tensor, seq_len: int) -> float:
+def model_perplexity(
+    model: PreTrainedModel, tokens: Tensor, seq_len: int, loss_of: Loss = next_token_loss
+) -> float:
     """Return the token-level perplexity over non-overlapping windows.
 
     Args:
-        model: A causal language model.
+        model: A language model.
         tokens: Token ids, shape (tokens,). The first token of a window is context
             only; every other one counts the same, also in a short last window.
         seq_len: Window length in tokens.
+        loss_of: Mean loss of windows; that of masked tokens gives the pseudo-perplexity.
     """
     model.eval()
     windows = [window for window in torch.split(tokens, seq_len) if len(window) > 1]
     sizes = torch.tensor([len(window) - 1 for window in windows])
-    losses = torch.stack([mean_loss(model, window[None]) for window in windows])
+    losses = torch.stack([loss_of(model, window[None], 0) for window in windows])
     return math.exp((losses.double() * sizes).sum() / sizes.sum())
 
 
@@ -191,24 +170,26 @@ def pretrain(settings: argparse.Namespace) -> None:
     """Train the tokenizer and the model, evaluate them, and write the checkpoint."""
     check_settings(settings)
     torch.manual_seed(settings.seed)
+    kind = KINDS[settings.family]
     training, heldout = read_documents(settings.data)
-    tokenizer = train_tokenizer(training, settings.vocab_size, settings.max_positions)
+    tokenizer = train_tokenizer(training, settings.vocab_size, settings.max_positions, kind.special)
     tokens, heldout_tokens = encode(tokenizer, training), encode(tokenizer, heldout)
     if len(tokens) <= settings.seq_len:
         raise UserError(f"the text has {len(tokens)} tokens, fewer than --seq-len; give more text")
-    model = build_model(settings, tokenizer)
+    loss_of = partial(kind.loss, tokenizer=tokenizer)
+    model = build_model(settings.family, settings, tokenizer)
     parameters = model.num_parameters()
     batch_tokens = settings.batch_size * settings.seq_len
     steps = math.ceil(settings.tokens_per_parameter * parameters / batch_tokens)
     print(f"{parameters:,} parameters, {len(tokens):,} tokens of text, {steps} steps", flush=True)
-    train(model, tokens, settings, steps)
+    train(model, loss_of, tokens, settings, steps)
     model.bfloat16()  # what is saved is what is evaluated
     record = {
         "parameters": parameters,
         "training_text_tokens": len(tokens),
         "training_tokens": steps * batch_tokens,
         "steps": steps,
-        **evaluate(model, tokens, heldout_tokens, settings.seq_len),
+        **evaluate(model, loss_of, tokens, heldout_tokens, settings.seq_len),
         "python": platform.python_version(),
         "settings": recordable(settings),
     }
@@ -216,10 +197,10 @@ def pretrain(settings: argparse.Namespace) -> None:
 
 
 def evaluate(
-    model: LlamaForCausalLM, training: Tensor, heldout: Tensor, seq_len: int
+    model: PreTrainedModel, loss_of: Loss, training: Tensor, heldout: Tensor, seq_len: int
 ) -> dict[str, float]:
     """Print and return the held-out perplexities of the model and of a unigram model."""
-    perplexity = model_perplexity(model, heldout, seq_len)
+    perplexity = model_perplexity(model, heldout, seq_len, loss_of)
     unigram = unigram_perplexity(training, heldout, seq_len, model.config.vocab_size)
     ratio = unigram / perplexity
     print(f"held-out perplexity {perplexity:.2f}, unigram {unigram:.2f}: {ratio:.1f} times lower")
@@ -237,7 +218,7 @@ def recordable(settings: argparse.Namespace) -> dict[str, object]:
 
 
 def save(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     record: dict[str, object],
     output: Path,
@@ -262,12 +243,13 @@ def check_settings(settings: argparse.Namespace) -> None:
     head_size, rest = divmod(settings.hidden_size, settings.num_heads)
     if rest or head_size % 2:
         raise UserError("--hidden-size must be an even multiple of --num-heads")
-    if settings.num_heads % settings.num_kv_heads:
+    if settings.family == "llama" and settings.num_heads % settings.num_kv_heads:
         raise UserError("--num-heads must be a multiple of --num-kv-heads")
     if not 1 < settings.seq_len <= settings.max_positions:
         raise UserError("--seq-len must be at least 2 and at most --max-positions")
-    if settings.vocab_size < 257:
-        raise UserError("--vocab-size must be at least 257: the bytes and the separator")
+    least = 256 + len(set(KINDS[settings.family].special.values()))
+    if settings.vocab_size < least:
+        raise UserError(f"--vocab-size must be at least {least}: bytes and special tokens")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -276,10 +258,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to create")
     add("--data", type=Path, nargs="+", default=[], help="text files (default: embedded corpus)")
+    add("--family", choices=tuple(KINDS), default="llama", help="of the network")
     add("--hidden-size", type=int, default=128)
     add("--num-layers", type=int, default=6)
-    add("--num-heads", type=int, default=8, help="query heads")
-    add("--num-kv-heads", type=int, default=4, help="key and value heads")
+    add("--num-heads", type=int, default=8, help="query heads, or all")
+    add("--num-kv-heads", type=int, default=4, help="key and value heads of a llama")
     add("--intermediate-size", type=int, default=352)
     add("--vocab-size", type=int, default=2048)
     add("--tie-embeddings", action="store_true", help="share the embedding with the output layer")

@@ -209,8 +209,10 @@ def _first_answer(row: Row, number: int) -> tuple[int, int] | None:
     return start, start + length - 1
 
 
-def masked_windows(windows: Tensor, tokenizer: Any, seed: int, corrupt: bool) -> Examples:
-    """Windows between the special tokens with 15% of their tokens to be predicted.
+def masked_windows(
+    windows: Tensor, tokenizer: Any, seed: int, corrupt: bool, share: float = 0.15
+) -> Examples:
+    """Windows between the special tokens with a share of their tokens to be predicted.
 
     Args:
         windows: plain tokens, `(num, seq - 2)`.
@@ -218,9 +220,10 @@ def masked_windows(windows: Tensor, tokenizer: Any, seed: int, corrupt: bool) ->
         seed: of the draw, which is made once.
         corrupt: BERT's corruption (80% mask, 10% a random token, 10% as it is), to train on;
             else all of them are masked, to be scored.
+        share: of the tokens, in [0, 1).
     """
     draw = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(windows.shape, generator=draw) < 0.15
+    chosen = torch.rand(windows.shape, generator=draw) < share
     chosen[~chosen.any(1), 0] = True
     fate = torch.rand(windows.shape, generator=draw) if corrupt else torch.zeros(windows.shape)
     other = torch.randint(len(tokenizer), windows.shape, generator=draw)

@@ -3,17 +3,21 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from llm_vtrans.command import run_command
 from llm_vtrans.embedded import EMBEDDED_MODEL, corpus, pretrain
+from llm_vtrans.prune import prune as prune_job
 
 SEQ_LEN = 256
 WINDOWS = 32
@@ -129,6 +133,21 @@ def test_script_pretrains_on_user_text(tmp_path: Path) -> None:
     assert json.loads(record)["settings"]["data"] == ["text.txt"]
     assert str(tmp_path) not in record
     assert not (tmp_path / "model.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "auto_class"), [("gpt2", AutoModelForCausalLM), ("roberta", AutoModelForMaskedLM)]
+)
+def test_script_pretrains_other_families(tmp_path: Path, family: str, auto_class: Any) -> None:
+    """They learn, and the product takes what was written."""
+    assert tiny_run(tmp_path, "--family", family, "--tokens-per-parameter", "2") == 0
+    model = auto_class.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == family
+    record = json.loads((tmp_path / "model" / "pretraining.json").read_text(encoding="utf-8"))
+    assert record["heldout_perplexity"] < record["unigram_perplexity"]
+    data = tmp_path / "text.txt"
+    prune = ["--model", str(tmp_path / "model"), "--data", str(data), "--seq-len", "16"]
+    assert run_command(prune_job, [*prune, "--samples", "8", "--batch-size", "2", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(
