@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llm_vtrans.allocation import allocate_scores
 from llm_vtrans.arguments import VARIANTS, PruneArguments, parse
 from llm_vtrans.choosing import Chooser
 from llm_vtrans.command import Parser, run_command
+from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.latency import forward_ms
@@ -111,14 +113,12 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
     batches = job.data.train.take(torch.arange(min(CHOICE_EXAMPLES, len(job.data.train))))
     inputs = [inputs_of(b) for b in batches.batches(job.args.batch_size, job.accelerator.device)]
     chooser = Chooser(job.distillation, job.masks, inputs, None, job.head_basis)
-    problems = [job.problem]
-    if Axis.HIDDEN in scores:
-        sizes = hidden_sizes(job.problem, frozenset(scores))
-        problems = [replace(job.problem, fixed={Axis.HIDDEN: size}) for size in sizes]
-    plans = [
-        replace(allocate_scores(scores, {}, problem), basis=job.head_basis) for problem in problems
-    ]
-    job.plan = min(plans, key=chooser.loss)
+    plans = [allocate_scores(scores, {}, job.problem)]
+    for size in hidden_sizes(job.problem, frozenset(scores)) if Axis.HIDDEN in scores else ():
+        with suppress(UserError):  # no number of heads may fit this size
+            fixed = replace(job.problem, fixed={Axis.HIDDEN: size})
+            plans.append(allocate_scores(scores, {}, fixed))
+    job.plan = replace(min(plans, key=chooser.loss), basis=job.head_basis)
     job.masked.set_gates(None)
     job.export()
 
@@ -134,7 +134,8 @@ def results(args: argparse.Namespace, common: list[str]) -> Iterator[Result]:
                 if method in SELECTIONS:
                     select([*given, "--overwrite"], SELECTIONS[method])
                 else:
-                    prune([*given, "--variant", method, "--resume"])
+                    share = ["--data-fraction", args.data_fraction] if method == "fast" else []
+                    prune([*given, *share, "--variant", method, "--resume"])
             manifest = json.loads((folder / MANIFEST_FILE).read_text())
             yield Result(method, sparsity, folder, manifest)
 
@@ -145,7 +146,9 @@ def milliseconds(source: Source, task: Task, folder: Path) -> dict[int, float]:
     model = source.auto_class.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     found = {}
     for size in BATCH_SIZES:
-        batch = next(task.heldout.take(torch.arange(size)).batches(size, device))
+        batch = next(
+            task.heldout.take(torch.arange(size) % len(task.heldout)).batches(size, device)
+        )
         found[size] = forward_ms(model, inputs_of(batch))
     return found
 
@@ -174,7 +177,7 @@ def report(found: list[Result], source: Source, task: Task) -> list[dict[str, An
                 "MACs": result.count("macs"),
                 task.headline: result.score,
                 "seconds": result.seconds,
-                "steps": result.manifest["settings"]["steps"] if result.seconds else 0,
+                "steps": result.manifest["settings"]["steps"] if result.method in VARIANTS else 0,
                 **{f"speedup, batch {n}": base[n] / times[n] for n in BATCH_SIZES},
             }
         )
@@ -183,10 +186,15 @@ def report(found: list[Result], source: Source, task: Task) -> list[dict[str, An
 
 def run(arguments: list[str]) -> None:
     """Runs, measures, writes `table.json`, prints the table."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --data is not --data-fraction
+    )
     methods = (*VARIANTS[::-1], *SELECTIONS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.6, 0.9])
+    parser.add_argument("--data-fraction", default="0.03", help="of --variant fast")
     parser.add_argument("--output", type=Path, required=True, help="folder; a rerun continues it")
     args, common = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
