@@ -41,6 +41,7 @@ LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head i
 RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
 
 Gates = Mapping[str, Tensor]
+NamedTensors = Mapping[str, tuple[TensorSpec, int | None]]
 
 
 class _Gate(torch.autograd.Function):
@@ -108,15 +109,31 @@ class MaskedModel(nn.Module):
 
     def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
         super().__init__()
-        self.model: Any = model.requires_grad_(False)
         self.architecture = architecture
         # Not one of this module's own: ZeRO-3 would slice it with the weights.
         self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
         self._gates: Gates | None = None
-        for name, (spec, layer) in architecture.named_tensors().items():
+        self._added: dict[tuple[int | None, int], Tensor] = {}  # to the stream, by sub-layer
+        self.attach(model.requires_grad_(False), architecture.named_tensors())
+
+    def attach(self, model: nn.Module, tensors: NamedTensors, alive: Gates | None = None) -> None:
+        """Hooks gates onto a network and makes it the one that is run.
+
+        Args:
+            model: the whole one, or one from which units are gone already.
+            tensors: name in it -> row and original layer.
+            alive: booleans as gates are shaped, which of their units it has; None for all.
+        """
+        self.run(model, alive)
+        for name, (spec, layer) in tensors.items():
             path, _, leaf = name.rpartition(".")
             if leaf == "weight":
                 self._hook(path, spec, layer)
+
+    def run(self, model: nn.Module, alive: Gates | None = None) -> None:
+        """Makes a network that gates were hooked onto the one that is run."""
+        self.model: Any = model
+        self._alive = alive
 
     @property
     def tuning(self) -> Tuning:
@@ -132,7 +149,31 @@ class MaskedModel(nn.Module):
                 They stay in force until the next call, so that recomputation under
                 activation checkpointing sees the same draw.
         """
-        self._gates = gates
+        self._gates = gates if gates is None or self._alive is None else self._of_alive(gates)
+
+    def _of_alive(self, gates: Gates) -> Gates:
+        """Gates of the units that the network has; of those in layers one tensor per layer."""
+        assert self._alive is not None
+        reduced: dict[str, Any] = dict(gates)
+        for name, axis in ((PRESENT_HIDDEN, Axis.HIDDEN), *((axis, axis) for axis in Axis)):
+            alive = self._alive[axis]
+            if name in gates and axis is Axis.HIDDEN:
+                reduced[name] = gates[name][alive]
+            elif name in gates:
+                rows = zip(gates[name], alive, strict=True)
+                reduced[name] = [row[keep] for row, keep in rows]
+        return reduced
+
+    def whole_stream(self, hidden: Tensor) -> Tensor:
+        """The residual stream `(..., present)` at full width, zeros where dimensions are gone."""
+        if self._alive is None:
+            return hidden
+        alive = self._alive[Axis.HIDDEN]
+        if self.architecture.norm is Norm.RMS:  # it was scaled for the norm's mean, see export
+            hidden = hidden * (len(alive) / alive.sum()).sqrt()
+        whole = hidden.new_zeros(*hidden.shape[:-1], len(alive))
+        whole[..., alive] = hidden
+        return whole
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
@@ -227,8 +268,12 @@ class MaskedModel(nn.Module):
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             matrix = self.tuning.map(spec.place, layer)
             if matrix is not None:
-                return apply_map(output, matrix if factor is None else factor[:, None] * matrix)
-            return None if factor is None else apply_gate(output, factor)
+                output = apply_map(output, matrix if factor is None else factor[:, None] * matrix)
+            elif factor is not None:
+                output = apply_gate(output, factor)
+            if spec.stream is Stream.JOINS and part is not None and PRESENT_LAYERS in gates:
+                self._added[layer, part] = output
+            return output
 
         return hook
 
@@ -251,8 +296,10 @@ class MaskedModel(nn.Module):
                 matrix = self.tuning.map(spec.place, layer)
                 return output if matrix is None else apply_map(output, matrix)
             if part is not None and PRESENT_LAYERS in gates:
+                # Without the norm the noise of an absent sub-layer would stay in the stream.
+                before = args[0] - self._added.pop((layer, part))
                 present = gates[PRESENT_LAYERS][layer, part].to(output.dtype)
-                output = torch.lerp(args[0], output, present)
+                output = torch.lerp(before, output, present)
             return output
 
         return hook

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.attachment import MaskedModel, weighted_layer_norm
+from llm_vtrans.attachment import PRESENT_LAYERS, MaskedModel, weighted_layer_norm
 from llm_vtrans.budget import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
@@ -46,6 +46,29 @@ def test_unknown_heads_are_refused() -> None:
         head_of(config)
     with pytest.raises(UserError, match="inverse_layer_idx"):
         family_for("gpt2").describe(type(CONFIGS["gpt2"])(scale_attn_by_inverse_layer_idx=True))
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "roberta-mlm"])
+def test_an_absent_sublayer_adds_no_noise_to_the_stream(name: str) -> None:
+    """Behind a post-norm that is not there, a noisy gate would let the stream grow layer by layer."""
+    model = tiny_model(name)
+    masked = MaskedModel(model, family_for(model.config.model_type).describe(model.config))
+    tokens = torch.randint(1, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    gates = {"layers": torch.ones(3, 2), PRESENT_LAYERS: torch.ones(3, 2)}
+    states = []
+    for gate in (0.0, 50.0):
+        gates["layers"][1] = gate
+        gates[PRESENT_LAYERS][1] = 0.0
+        masked.set_gates(gates)
+        states.append(model(tokens, output_hidden_states=True).hidden_states)
+    for quiet, noisy in zip(*states, strict=True):
+        torch.testing.assert_close(quiet, noisy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[1][2], states[1][1], rtol=1e-4, atol=1e-4)
+    gates[PRESENT_LAYERS][:] = 0.5  # half there: between the stream and what a norm gives
+    masked.set_gates({**gates, "layers": torch.full((3, 2), 50.0)})
+    largest = [float(x.abs().max()) for x in model(tokens, output_hidden_states=True).hidden_states]
+    bound = 24**0.5 * max(float(p.abs().max()) for n, p in model.named_parameters() if "Norm" in n)
+    assert max(largest) <= max(bound, largest[0]) + 1
 
 
 def test_layer_norm_over_present_dimensions() -> None:
