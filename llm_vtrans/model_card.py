@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,19 @@ def metadata(manifest: dict[str, Any], scores: dict[str, Any]) -> ModelCardData:
 
 def _results(manifest: dict[str, Any], scores: dict[str, Any]) -> list[EvalResult]:
     task = manifest.get("pipeline_tag", "text-generation")
-    results = []
-    if "pruned" in manifest.get("perplexity", {}):
-        data = str(manifest["settings"]["data"])
-        results.append(
-            EvalResult(
-                task_type=task,
-                dataset_type=data if hub_id(data) else "text",
-                dataset_name=f"{Path(data).stem}, held out",
-                metric_type="perplexity",
-                metric_value=round(manifest["perplexity"]["pruned"], 4),
-                metric_name=manifest["perplexity"]["protocol"],
-            )
+    data = str(manifest["settings"]["data"])
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data if hub_id(data) else "text",
+            dataset_name=f"{Path(data).stem}, held out",
+            metric_type=metric,
+            metric_value=round(value, 6),
+            metric_name=_protocol(manifest),
         )
+        for metric, value in manifest["scores"]["pruned"].items()
+        if math.isfinite(value)
+    ]
     for name, result in scores.items():
         for metric, columns in result.get("metrics", {}).items():
             value = (columns.get("pruned") or columns.get("model") or {}).get("value")
@@ -111,6 +112,11 @@ def _results(manifest: dict[str, Any], scores: dict[str, Any]) -> list[EvalResul
                     )
                 )
     return results
+
+
+def _protocol(manifest: dict[str, Any]) -> str:
+    """How the run's scores were measured."""
+    return str(manifest.get("perplexity", manifest.get("score", {}))["protocol"])
 
 
 def title(manifest: dict[str, Any]) -> str:
@@ -156,7 +162,6 @@ def model_card(manifest: dict[str, Any], figures: str, scores: dict[str, Any] | 
     )
     auto_class = manifest.get("auto_class", "AutoModelForCausalLM")
     headline = manifest.get("headline", "perplexity").replace("_", "-")
-    protocol = manifest.get("perplexity", manifest.get("score", {}))["protocol"]
     return f"""---
 {metadata(manifest, scores or {}).to_yaml()}
 ---
@@ -173,7 +178,7 @@ model = {auto_class}.from_pretrained("."{flag})
 {_code(figures)}
 ```
 
-{_plain(headline.capitalize())}: {_plain(protocol)}. {terms}
+{_plain(headline.capitalize())}: {_plain(_protocol(manifest))}. {terms}
 
 `vtrans.json` states counts, kept units, settings and hashes (`llm-vtrans verify` checks them);
 `recipe.yaml` makes it anew: `llm-vtrans prune --config recipe.yaml`.

@@ -19,7 +19,6 @@ from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
 from llm_vtrans.report.record import REPORT_FILE, SCORES_FILE, UNCHANGED, RunRecord
 from llm_vtrans.verification import Subject, verify
 
-QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")
 EXTRA = (MANIFEST_FILE, CARD_FILE, REPORT_FILE, SCORES_FILE)  # beside the files with a hash
 REPO = re.compile(r"([\w.-]+/)?[A-Za-z0-9][\w.-]*")
 
@@ -36,7 +35,7 @@ def publish(arguments: list[str]) -> None:
     args = parse(arguments)
     transformers_logging.set_verbosity_error()
     record = RunRecord.read(args.run, scores=args.scores)
-    for finding in verify(Subject.open(args.run), QUICK_CHECKS):
+    for finding in verify(Subject.open(args.run)):
         if finding.is_failure:
             raise UserError(
                 f"{args.run}: {finding.check}: {finding.text}; `llm-vtrans verify` tells all"

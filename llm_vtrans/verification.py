@@ -240,6 +240,7 @@ CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
     "loads": check_loads,
     "perplexity": check_perplexity,
 }
+QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")  # those that load no model
 
 
 def verify(subject: Subject, names: tuple[str, ...] = tuple(CHECKS)) -> Iterator[Finding]:

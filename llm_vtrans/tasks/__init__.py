@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,12 @@ def task_of(args: PruneArguments, head: str, num_labels: int) -> str:
     )
 
 
+def shown(data: str) -> str:
+    """Data by a name that may be published: of a local path the last two parts."""
+    path = Path(data).expanduser()
+    return "/".join(path.parts[-2:]) if path.exists() else data
+
+
 def _exp(nll: float) -> float:
     """Perplexity of a mean loss in nats; infinite where no float is large enough."""
     try:
@@ -165,7 +172,7 @@ def make_task(
         train.take(training_order(len(train), num_samples, fraction, args.seed)),
         heldout,
         headline,
-        f"{headline} over all {len(heldout)} validation examples of {args.data}",
+        f"{headline} over all {len(heldout)} validation examples of {shown(args.data)}",
         len(classes),
     )
 
@@ -199,9 +206,12 @@ def _text_task(
     text = TextSource(args.data or "", args.data_config, args.data_split, args.text_field)
     width = seq_len - 2 if kind == "mlm" else seq_len
     data = calibrate(text, tokenizer, num_samples, width, args.seed, fraction)
-    windows = f"{len(data.heldout)} non-overlapping windows of {seq_len} tokens held out from"
+    windows = (
+        f"{len(data.heldout)} non-overlapping windows of {seq_len} tokens held out from "
+        f"{shown(text.data)}"
+    )
     if kind == "clm":
-        protocol = f"token-level over {windows} {args.data}"
+        protocol = f"token-level over {windows}"
         train, heldout = (Examples({"input_ids": t}) for t in (data.train, data.heldout))
         return Task(kind, train, heldout, "perplexity", protocol)
     for name in ("mask", "cls", "sep"):
@@ -212,6 +222,5 @@ def _text_task(
         encoding.masked_windows(data.train, tokenizer, args.seed, corrupt=True),
         encoding.masked_windows(data.heldout, tokenizer, 0, corrupt=False),
         "pseudo_perplexity",
-        f"exp of the mean loss of masked tokens, 15% of {windows} {args.data}, drawn once and "
-        "masked at once",
+        f"exp of the mean loss of masked tokens, 15% of {windows}, drawn once and masked at once",
     )

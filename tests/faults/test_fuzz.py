@@ -21,10 +21,10 @@ from llm_vtrans.manifest import MASKS_FILE
 from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.planning import make_problem, window_length
 from llm_vtrans.preemption import Preemption
-from llm_vtrans.publishing import QUICK_CHECKS, publish
+from llm_vtrans.publishing import publish
 from llm_vtrans.report.command import report
 from llm_vtrans.report.record import RunRecord
-from llm_vtrans.verification import Subject, verify
+from llm_vtrans.verification import QUICK_CHECKS, Subject, verify
 from tests.faults.conftest import Tally
 from tests.faults.guard import confined, outcome
 from tests.faults.mutations import counts, damaged_bytes, damaged_json, fuzz

@@ -137,6 +137,7 @@ def test_dry_run_shows_what_would_go(run, capsys):
     assert "(public)" in out and "nothing was sent" in out
     assert (run / "README.md").read_text() == before
     card = out[out.index("---\n") :]
+    assert str(run.parent) not in card  # nobody's folders are published with it
     block = front_matter(card)
     assert block["license"] == "mit" and "base_model" not in block  # a folder is no hub id
     assert {"pruning", "llm-vtrans"} <= set(block["tags"])
@@ -147,6 +148,12 @@ def test_dry_run_shows_what_would_go(run, capsys):
     known = ModelCardData(**{k: v for k, v in block.items() if k != "model-index"},
                           model_name="x", eval_results=results)  # fmt: skip
     assert known.to_dict()["model-index"][0]["results"][1]["metrics"][0]["value"] == 0.5
+
+
+def test_publish_does_not_repeat_a_wrong_perplexity(copy):
+    edit("vtrans.json", scores__pruned__perplexity=3.0)(copy)
+    with pytest.raises(UserError, match="perplexity: "):
+        publish([str(copy), "--repo", "me/tiny", "--dry-run"])
 
 
 def test_publish_refuses_before_it_sends(copy):

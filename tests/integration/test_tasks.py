@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.model_card import front_matter
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.prune import prune
 from llm_vtrans.tasks import HEADS
@@ -98,6 +100,11 @@ def test_labelled_task(
     for stage in ("dense", "pruned"):
         assert set(manifest["scores"][stage]) == scores
     assert manifest["score"]["tuned"] == pytest.approx(manifest["score"]["pruned"], abs=1e-3)
+    card = front_matter((tmp_path / "out" / "README.md").read_text())
+    _, results = model_index_to_eval_results(card["model-index"])
+    assert {r.metric_type: r.metric_value for r in results} == pytest.approx(
+        manifest["scores"]["pruned"], abs=1e-6
+    )
     auto = getattr(transformers, AUTO_CLASSES[HEADS[kind]])
     model = auto.from_pretrained(tmp_path / "out").eval()
     shape = (1, 2, 9) if kind == "multiple-choice" else (2, 9)
