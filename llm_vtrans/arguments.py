@@ -107,6 +107,11 @@ class PruneArguments:
         "fifth) of the steps, or cubic over their first half.",
         ("linear", "cubic"),
     )
+    shrink_every: int = _option(
+        0,
+        "Steps of the search after which units that the masks have given up leave the network, so "
+        "that the next steps are faster. 0, the default: never. For variants that train weights.",
+    )
     samples: int = _option(
         0,
         "Calibration sequences to train on, of which --variant fast takes its share. 0, the "
@@ -263,7 +268,14 @@ class PruneArguments:
             if not 0 < getattr(self, name) < float("inf"):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be positive, got {getattr(self, name)}")
+        if self.shrink_every < 0:
+            raise UserError(f"--shrink-every must not be negative, got {self.shrink_every}")
         if not self.trains_weights:
+            if self.shrink_every:
+                raise UserError(
+                    f"--shrink-every {self.shrink_every} cuts weights that --variant faster shares "
+                    "with its teacher: take --variant vtrans or fast"
+                )
             return
         if self.budgets is not None:
             raise UserError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import (
+    UNIT_AXES,
     Architecture,
     Axis,
     Dim,
@@ -155,7 +156,7 @@ class MaskedModel(nn.Module):
         """Gates of the units that the network has; of those in layers one tensor per layer."""
         assert self._alive is not None
         reduced: dict[str, Any] = dict(gates)
-        for name, axis in ((PRESENT_HIDDEN, Axis.HIDDEN), *((axis, axis) for axis in Axis)):
+        for name, axis in ((PRESENT_HIDDEN, Axis.HIDDEN), *((axis, axis) for axis in UNIT_AXES)):
             alive = self._alive[axis]
             if name in gates and axis is Axis.HIDDEN:
                 reduced[name] = gates[name][alive]

@@ -87,7 +87,8 @@ class DenseTeacher(Distillation):
         """Mean over the matched teacher layers of the distance to the nearest student layer.
 
         Args:
-            student: streams behind the layers, `(batch, seq, hidden_size)` each.
+            student: streams behind the layers, `(batch, seq, hidden_size)` each; that may be
+                fewer layers and dimensions than the teacher's.
             teacher: the same of the dense model.
             is_token: `(batch, seq)`, 0 at padding; None where there is none.
 
@@ -96,8 +97,9 @@ class DenseTeacher(Distillation):
             decoders are orders of magnitude larger than the others; shape `()`, 0 if there are
             no layers.
         """
-        if not teacher:
+        if not teacher or not student:
             return self.map.new_zeros(())
+        student = [self.masked.whole_stream(hidden) for hidden in student]
         num = min(NUM_MATCHED, len(teacher))
         chosen = [teacher[-1 - len(teacher) * i // num] for i in range(num)]
         with torch.no_grad():

@@ -132,18 +132,24 @@ class Pruning:
             weight = select_hidden(weight, spec, kept)
         else:
             weight = self.basis.truncated(weight, spec, layer, kept, self._norm(spec, layer))
-        return self._fold(weight, spec, layer)
+        return self.fold(weight, spec, layer)
 
     def _select(self, weight: Tensor, index: int, dim: Dim, layer: int | None) -> Tensor:
         """Kept heads or FFN units of one dimension."""
         assert dim.axis is not None and layer is not None
-        units, width = self.kept(dim.axis, layer), self.architecture.units_per(dim)
-        if dim.roles and self._width(dim) < width:
+        if dim.roles and self._width(dim) < self.architecture.units_per(dim):
             assert self.plan.basis is not None, "dimensions inside heads need a basis"
+            units = self.kept(dim.axis, layer)
             return self.plan.basis.apply(weight, index, dim, layer, units, self._width(dim))
+        return weight.index_select(index, self.entries(dim, layer))
+
+    def entries(self, dim: Dim, layer: int | None) -> Tensor:
+        """Indices of the entries of a dimension that belong to kept units, or all."""
+        if dim.axis is None:
+            return torch.arange(dim.size)
+        units, width = self.kept(dim.axis, layer), self.architecture.units_per(dim)
         starts = torch.arange(dim.num_blocks)[:, None] * self.architecture.num_units[dim.axis]
-        entries = (starts + units).flatten()[:, None] * width + torch.arange(width)
-        return weight.index_select(index, entries.flatten())
+        return ((starts + units).flatten()[:, None] * width + torch.arange(width)).flatten()
 
     def _norm(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
         """What the norm in front of a reader multiplies by."""
@@ -159,7 +165,8 @@ class Pruning:
             return 1.0
         return sqrt(self.plan.shape.hidden / self.architecture.num_units[Axis.HIDDEN])
 
-    def _fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
+    def fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What is kept of a tensor, with gates, factors and the norm's correction folded in."""
         if spec.stream in (Stream.SCALES, Stream.SHIFTS, Stream.RENEWS):
             return (weight + spec.offset) * self._norm_factor(spec, layer) - spec.offset
         if not spec.is_write:

@@ -71,6 +71,7 @@ from llm_vtrans.run_state import (
     save_state,
 )
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
+from llm_vtrans.shrinking import Shrinker
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
 from llm_vtrans.tracking import TRACKING_FOLDER, trackers
@@ -374,11 +375,20 @@ class Job:
         """Trains the masks, unless an earlier run did."""
         if self.is_searched:
             return
+        shrinker = None
+        if self.args.shrink_every:
+            shrinker = Shrinker(
+                self.masked, self.source, self.problem, self.args.shrink_every,
+                self.args.gradient_checkpointing,
+            )  # fmt: skip
+            shrinker.recall(extra_tensors(self.saved[1]) if self.saved else {})
         objective = SearchObjective(
-            self.distillation, self.masks, self.problem.limits, self.settings
+            self.distillation, self.masks, self.problem.limits, self.settings, shrinker
         )
         with self.reporter.phase("search"):
             self._train(objective, self._rotation())
+            if shrinker is not None:
+                shrinker.expand()
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
@@ -453,7 +463,8 @@ class Job:
 
         def save(step: int) -> None:
             if self.accelerator.is_main_process:
-                save_state(self.output.path, step, objective, optimizer, record, self._fingerprint)
+                extra = {**record, **objective.record()}
+                save_state(self.output.path, step, objective, optimizer, extra, self._fingerprint)
 
         with self.preemption.deferred(self.accelerator):
             train(

@@ -13,10 +13,12 @@ from llm_vtrans.budget import Lagrangian, Limit, complete
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.families.base import Architecture, Axis
 from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.shrinking import SHARPNESS as LAST_SHARPNESS
+from llm_vtrans.shrinking import Shrinker
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training import Objective, TrainingSettings
 
-SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the stage
+SHARPNESS = (0.5, LAST_SHARPNESS)  # of the keep probability, annealed geometrically over the stage
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
 MULTIPLIER_LEARNING_RATE = 0.1
 CUBIC_SHARE = 0.5  # of the steps: then the masks settle at the budget
@@ -30,6 +32,7 @@ class SearchObjective(Objective):
         masks: the trained gates.
         limits: budgets; the one that is furthest from its target drives the masks.
         settings: of the loop.
+        shrinker: takes out what the masks give up; None keeps the network whole.
     """
 
     def __init__(
@@ -38,11 +41,12 @@ class SearchObjective(Objective):
         masks: VIBMasks,
         limits: tuple[Limit, ...],
         settings: TrainingSettings,
+        shrinker: Shrinker | None = None,
     ):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
         self.tuning, self.masks = self.masked.tuning, masks
-        self.limits, self.settings = limits, settings
+        self.limits, self.settings, self.shrinker = limits, settings, shrinker
         self.tuning.requires_grad_(False)  # its stage comes later
         self.lagrangian = Lagrangian().to(next(masks.parameters()).device)
         self.stage = range(settings.search_steps)
@@ -68,6 +72,9 @@ class SearchObjective(Objective):
         residual, binding = (sparsity - target).min(dim=0)
         penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
+        shrunk = (
+            {} if self.shrinker is None else {"removed": sparsity.new_tensor(self.shrinker.removed)}
+        )
         return {
             **terms,
             "loss": terms["loss"] + self.settings.kl_weight * kl + penalty,
@@ -77,6 +84,7 @@ class SearchObjective(Objective):
             "target": target[binding],
             "lambda_1": self.lagrangian.linear,
             "lambda_2": self.lagrangian.quadratic,
+            **shrunk,
         }
 
     def targets(self, step: int) -> list[float]:
@@ -123,8 +131,14 @@ class SearchObjective(Objective):
         groups = [multipliers, masks, *self.distillation.parameter_groups()]
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
+    def record(self) -> dict[str, Tensor]:
+        """Which units are left in the network."""
+        return {} if self.shrinker is None else self.shrinker.state()
+
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Lets all rates decay linearly to zero but that of the multipliers."""
+        """Lets all rates decay linearly to zero but that of the multipliers; shrinks when due."""
+        if self.shrinker is not None:
+            self.shrinker.step(step, self.masks, optimizer)
         for group in optimizer.param_groups:
             if "peak" in group:
                 group["lr"] = group["peak"] * (1 - self.progress(step))

@@ -78,6 +78,10 @@ class Objective(nn.Module):
         """Share of the stage that is done before a global step, in [0, 1)."""
         return (step - self.stage.start) / len(self.stage)
 
+    def record(self) -> dict[str, Tensor]:
+        """What a resumed stage must know beside its parameters and their optimizer."""
+        return {}
+
     def optimizer(self) -> torch.optim.Optimizer:
         """Fresh optimizer over the stage's parameters."""
         raise NotImplementedError

@@ -50,6 +50,7 @@ class Sublayer(StrEnum):
 
 
 UNIT_AXIS = {Sublayer.ATTENTION: Axis.HEADS, Sublayer.FFN: Axis.FFN}
+UNIT_AXES = (Axis.HIDDEN, *UNIT_AXIS.values())  # those of which a plan keeps some units
 
 
 class Stream(StrEnum):

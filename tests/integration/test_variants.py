@@ -15,6 +15,7 @@ from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.job import Job
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.prune import prune
+from llm_vtrans.verification import Subject, verify
 from tests.integration.test_resume import hashes, metrics
 from tests.integration.test_tasks import encoder as encoder
 from tests.integration.test_tasks import write
@@ -90,12 +91,38 @@ def test_resumed_is_uninterrupted(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    given = inputs.arguments("--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB")
+    check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
+
+
+@pytest.mark.parametrize("stop", [21, 25])  # of 32 steps of the search; it shrinks every third
+def test_a_network_that_shrinks_is_resumed(
+    inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    given = inputs.arguments(
+        *("--variant", "vtrans", "--shrink-every", "3", "--samples", "96", "--save-every", "1"),
+        *("--learning-rate", "1", "--shard-size", "10KB"),
+    )
+    removed = check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
+    assert removed[0] == 0 and removed == sorted(removed)
+    assert 0 < removed[stop - 1] <= removed[-1] <= 0.5
+    assert not [f for f in verify(Subject.open(inputs.folder / "out")) if f.is_failure]
+
+
+def check_resumed(
+    inputs: Inputs, given: list[str], stop: int, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[float]:
+    """A run that is stopped after a step and resumed ends as one that is not.
+
+    Returns:
+        What the network had lost, step by step of the search.
+    """
     from llm_vtrans import job as module
 
-    given = inputs.arguments("--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB")
     prune(given)
     expected = hashes(inputs.folder), metrics(inputs.folder), scores(inputs.folder)
-    (inputs.folder / "out").rename(tmp_path_factory.mktemp("old") / "out")
+    (inputs.folder / "out").rename(elsewhere / "out")
 
     save = module.save_state
 
@@ -110,6 +137,7 @@ def test_resumed_is_uninterrupted(
     monkeypatch.undo()
     prune([*given, "--resume"])
     assert (hashes(inputs.folder), metrics(inputs.folder), scores(inputs.folder)) == expected
+    return [line["removed"] for line in expected[1] if "removed" in line]
 
 
 def scores(folder: Path) -> dict[str, float]:
@@ -139,6 +167,8 @@ def test_its_masks_serve_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--variant", "vtrans", "--weight-learning-rate", "0"], "--weight-learning-rate"),
         (["--variant", "vtrans", "--temperature", "-1"], "--temperature"),
         (["--variant", "vtrans", "--dtype", "float16"], "bfloat16"),
+        (["--shrink-every", "10"], "--variant vtrans or fast"),
+        (["--variant", "vtrans", "--shrink-every", "-1"], "--shrink-every"),
     ],
 )
 def test_told_in_one_line(

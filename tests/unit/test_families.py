@@ -50,7 +50,7 @@ def test_unknown_heads_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["bert-mlm", "roberta-mlm"])
 def test_an_absent_sublayer_adds_no_noise_to_the_stream(name: str) -> None:
-    """Behind a post-norm that is not there, a noisy gate would let the stream grow layer by layer."""
+    """Behind a post-norm that is not there, a noisy gate would let the stream grow."""
     model = tiny_model(name)
     masked = MaskedModel(model, family_for(model.config.model_type).describe(model.config))
     tokens = torch.randint(1, 90, (2, 8), generator=torch.Generator().manual_seed(0))
