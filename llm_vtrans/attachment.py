@@ -39,6 +39,7 @@ PRESENT_LAYERS = "layers.present"
 PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
 
 LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
+TOKEN_HEADS = (*LINEAR_HEADS, "ForMaskedLM")
 RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
 
 Gates = Mapping[str, Tensor]
@@ -184,6 +185,11 @@ class MaskedModel(nn.Module):
         """What the output head of a language model reads, `(batch, seq, hidden)`."""
         hidden: Tensor = self.model.base_model(**_named(inputs), use_cache=False)[0]
         return hidden
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether it is a language model, which answers at every token."""
+        return head_of(self.model.config) in TOKEN_HEADS
 
     @property
     def head(self) -> nn.Module | None:

@@ -17,10 +17,10 @@ from llm_vtrans.attachment import Gates, MaskedModel, logits_of
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.families.base import Axis
+from llm_vtrans.layer_matching import layer_distance, spaced, token_mask
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.tuning import MAP_LEARNING_RATE
 
-NUM_MATCHED = 4  # teacher layers at most, evenly spaced; CoFi's number
 WEIGHT_DECAY = 0.01
 
 
@@ -74,7 +74,7 @@ class DenseTeacher(Distillation):
         terms = {
             "distillation": softened_loss(logits_of(learnt), logits_of(taught), self.temperature),
             "hidden": self.hidden_loss(
-                inner_layers(learnt), inner_layers(taught), _is_token(batch)
+                inner_layers(learnt), inner_layers(taught), token_mask(batch)
             ),
         }
         if learnt.get("loss") is not None:
@@ -84,35 +84,18 @@ class DenseTeacher(Distillation):
     def hidden_loss(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], is_token: Tensor | None
     ) -> Tensor:
-        """Mean over the matched teacher layers of the distance to the nearest student layer.
+        """`layer_distance` through the learned map, 0 if there are no layers; shape `()`.
 
         Args:
             student: streams behind the layers, `(batch, seq, hidden_size)` each; that may be
                 fewer layers and dimensions than the teacher's.
             teacher: the same of the dense model.
             is_token: `(batch, seq)`, 0 at padding; None where there is none.
-
-        Returns:
-            Squared error in units of the teacher's square, token by token, as a few tokens of
-            decoders are orders of magnitude larger than the others; shape `()`, 0 if there are
-            no layers.
         """
         if not teacher or not student:
             return self.map.new_zeros(())
-        student = [self.masked.whole_stream(hidden) for hidden in student]
-        num = min(NUM_MATCHED, len(teacher))
-        chosen = [teacher[-1 - len(teacher) * i // num] for i in range(num)]
-        with torch.no_grad():
-            pairs = [self._distance(s, t, is_token) for t in chosen for s in student]
-            nearest = torch.stack(pairs).view(num, len(student)).argmin(dim=1).tolist()
-        matched = zip(nearest, chosen, strict=True)
-        return torch.stack([self._distance(student[i], t, is_token) for i, t in matched]).mean()
-
-    def _distance(self, student: Tensor, teacher: Tensor, is_token: Tensor | None) -> Tensor:
-        target = teacher.float()
-        error = nn.functional.linear(student.float(), self.map) - target
-        error = error.square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
-        return error.mean() if is_token is None else (error * is_token).sum() / is_token.sum()
+        whole = [self.masked.whole_stream(hidden) for hidden in student]
+        return layer_distance(whole, spaced(teacher), is_token, self.map)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weights, which decay, and the layers' map."""
@@ -143,9 +126,3 @@ def inner_layers(output: Any) -> tuple[Tensor, ...]:
     say what it should be.
     """
     return tuple(output.hidden_states[1:-1])
-
-
-def _is_token(batch: Batch) -> Tensor | None:
-    """`(batch, seq)` in the shape of hidden states: choices count as sequences."""
-    mask = batch.get("attention_mask")
-    return None if mask is None else mask.flatten(0, -2).float()

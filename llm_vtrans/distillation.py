@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm_vtrans.attachment import Gates, MaskedModel
+from llm_vtrans.attachment import Gates, MaskedModel, logits_of
 from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
+from llm_vtrans.layer_matching import layer_distance, spaced, token_mask
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 
 
@@ -39,16 +41,16 @@ class Distillation(nn.Module):
         if recomputes:
             recompute(masked.model)
 
-    def teach(self, inputs: Batch) -> Tensor:
-        """The teacher's outputs, which carry no gradient; no gates are in force afterwards."""
+    def teach(self, inputs: Batch) -> Any:
+        """What the teacher says, without a gradient; no gates are in force afterwards."""
         raise NotImplementedError
 
-    def loss(self, inputs: Batch, taught: Tensor) -> Tensor:
-        """Mean KL per prediction in nats, shape `()`, under the gates in force.
+    def loss(self, inputs: Batch, taught: Any) -> Tensor:
+        """How far the student is from that, shape `()`, under the gates in force.
 
         Args:
             inputs: what the model takes by name.
-            taught: the teacher's outputs for them.
+            taught: by `teach`, for the same inputs.
         """
         raise NotImplementedError
 
@@ -57,31 +59,62 @@ class Distillation(nn.Module):
         return []
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a frozen network says with masks and tuning off.
+
+    Attributes:
+        outputs: hidden states before the head of a language model, or logits.
+        layers: of other models, the residual stream behind the layers to match.
+    """
+
+    outputs: Tensor
+    layers: list[Tensor]
+
+
 class SelfDistillation(Distillation):
-    """The weights are frozen, so the teacher is the same network with masks and tuning off."""
+    """The weights are frozen, so the teacher is the same network with masks and tuning off.
+
+    A language model answers at every token. Other heads give a few numbers for a whole
+    sequence, too few to tell what thousands of units do, so their students also follow the
+    teacher's residual stream.
+    """
 
     @torch.no_grad()
-    def teach(self, inputs: Batch) -> Tensor:
-        """Hidden states before the head, or logits, see `_outputs`."""
+    def teach(self, inputs: Batch) -> Taught:
+        """Outputs, and layers where they are matched."""
         self.masked.set_gates(None)
-        return self._outputs(inputs)
+        outputs, layers = self._run(inputs)
+        return Taught(outputs, spaced(layers) if layers else [])
 
-    def loss(self, inputs: Batch, taught: Tensor) -> Tensor:
-        """Mean KL per prediction in nats, shape `()`, under the gates in force."""
-        head, learnt = self.masked.head, self._outputs(inputs)
-        if head is None:
-            return distillation_loss(learnt, taught)
-        return chunked_distillation(head, learnt, taught)
+    def loss(self, inputs: Batch, taught: Taught) -> Tensor:
+        """Sum of the terms, shape `()`, under the gates in force."""
+        return torch.stack(list(self._terms(inputs, taught).values())).sum()
 
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
-        """Terms of one micro-batch; labels are not used."""
+        """Terms of one micro-batch: `distillation`, and `hidden` where layers are matched."""
         inputs = inputs_of(batch)
         taught = self.teach(inputs)
         self.masked.set_gates(gates)
-        loss = self.loss(inputs, taught)
-        return {"loss": loss, "distillation": loss}
+        terms = self._terms(inputs, taught)
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
-    def _outputs(self, inputs: Batch) -> Tensor:
-        """What the head reads where it is one matrix, else logits."""
+    def _terms(self, inputs: Batch, taught: Taught) -> dict[str, Tensor]:
+        """Mean KL per prediction in nats, and the mean distance of layers in the teacher's."""
+        head, (learnt, layers) = self.masked.head, self._run(inputs)
+        if head is not None:
+            return {"distillation": chunked_distillation(head, learnt, taught.outputs)}
+        terms = {"distillation": distillation_loss(learnt, taught.outputs)}
+        if taught.layers and not self.masked.tuning.moves_stream:
+            terms["hidden"] = layer_distance(layers, taught.layers, token_mask(inputs))
+        return terms
+
+    def _run(self, inputs: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads where it is one matrix, else logits; and layers to match."""
         masked = self.masked
-        return masked(inputs) if masked.head is None else masked.hidden_states(inputs)
+        if masked.head is not None:
+            return masked.hidden_states(inputs), []
+        if masked.predicts_tokens:
+            return masked(inputs), []
+        output = masked.model(**inputs, use_cache=False, output_hidden_states=True)
+        return logits_of(output), list(output.hidden_states[1:])

@@ -88,7 +88,8 @@ from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 SCORE = "score."  # prefix of tensors on disk
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
-CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many
+CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many texts
+CHOICE_ROWS = 32  # of labelled data, which has one answer in a row
 
 
 @dataclass
@@ -400,9 +401,10 @@ class Job:
             if self.uses_rotation:
                 batches = self._first_batches(ROTATION_WINDOWS)
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
+            num = CHOICE_EXAMPLES if self.masked.predicts_tokens else CHOICE_ROWS
             chooser = Chooser(
                 self.distillation, self.masks,
-                self._first_batches(CHOICE_EXAMPLES, self.choice), oblique, self.head_basis,
+                self._first_batches(num, self.choice), oblique, self.head_basis,
             )  # fmt: skip
 
             def best(problem: Problem, name: str) -> PrunePlan:

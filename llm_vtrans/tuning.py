@@ -67,7 +67,12 @@ class Tuning(nn.Module):
             if not is_empty and leaf == "weight":
                 for side, size in _sides(architecture, spec).items():
                     self.scales[scale_name(module, side)] = nn.Parameter(torch.ones(size))
-        self.is_on = False
+        self.is_rotated, self.is_on = is_rotated, False
+
+    @property
+    def moves_stream(self) -> bool:
+        """Whether the stream has another basis than without: only then do embeddings have a map."""
+        return self.is_on and self.is_rotated
 
     def scale(self, module: str, side: str) -> Tensor | None:
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""

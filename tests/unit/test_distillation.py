@@ -50,11 +50,34 @@ def test_loss_is_that_of_the_logits(name: str) -> None:
     dense = masked(inputs).detach()
     masked.set_gates(gates)
     expected = distillation_loss(masked(inputs), dense)
-    found = SelfDistillation(masked)(inputs, gates)["loss"]
+    terms = SelfDistillation(masked)(inputs, gates)
+    found = terms["distillation"]
+    assert ("hidden" in terms) == (not masked.predicts_tokens)
     assert expected > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     grads = [torch.autograd.grad(loss, gates["ffn"])[0] for loss in (found, expected)]
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_other_heads_follow_the_stream() -> None:
+    """One answer for a whole sequence says little of what is lost inside; padding plays no part."""
+    model = tiny_model("bert-classify")
+    masked = MaskedModel(model, family_for("bert").describe(model.config))
+    inputs = {**inputs_for(model.config, 0), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    inputs["attention_mask"][:, 12:] = 0
+    distillation = SelfDistillation(masked)
+    taught = distillation.teach(inputs)
+    gates = {"ffn": torch.full((3, 20), 0.5)}
+    masked.set_gates(gates)
+    output = model(**inputs, output_hidden_states=True)
+    expected = [
+        ((s - t).square().sum(-1) / t.square().sum(-1))[:, :12].mean()
+        for s, t in zip(output.hidden_states[3:0:-1], taught.layers, strict=True)
+    ]
+    terms = distillation({**inputs, "labels": torch.zeros(2, dtype=torch.long)}, gates)
+    torch.testing.assert_close(terms["hidden"], torch.stack(expected).mean())
+    torch.testing.assert_close(terms["loss"], terms["hidden"] + terms["distillation"])
+    assert float(distillation.loss(inputs, taught)) == pytest.approx(float(terms["loss"]))
 
 
 def test_a_head_that_rescales_is_not_taken_for_a_matrix() -> None:
