@@ -22,6 +22,9 @@ UNIFORM_POWER = 8  # between the mean (1) and the maximum (infinity) over layers
 Monomials = Mapping[tuple[Axis, ...], int]  # axes multiplied together, in order -> coefficient
 
 
+DAMPING = 100.0  # nats per squared share of the budget
+
+
 @dataclass(frozen=True)
 class Cost:
     """A count that is a sum of products of kept units.
@@ -196,19 +199,26 @@ class Limit:
 
 
 class Lagrangian(nn.Module):
-    """Multipliers of an equality constraint: `lambda_1 r + lambda_2 r^2` for a residual r (CoFi).
+    """Damped multiplier of an equality constraint: `multiplier * r + DAMPING * r^2`.
 
-    The multipliers ascend their gradient, so the optimizer must maximise over them.
+    The modified differential method of multipliers (Platt and Barr, NIPS 1987): the square
+    pushes back at once and in proportion to the residual `r`, the multiplier ascends by `r` a
+    step and takes over what is needed for good. Multipliers that only ascend (CoFi) are still
+    growing when the masks already follow, and units that an overshoot takes do not come back.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Parameter(torch.zeros(()))
-        self.quadratic = nn.Parameter(torch.zeros(()))
+        self.multiplier = nn.Parameter(torch.zeros(()))
 
     def forward(self, residual: Tensor) -> Tensor:
         """Penalty for a residual, both of shape `()`."""
-        return self.linear * residual + self.quadratic * residual.square()
+        return self.multiplier * residual + DAMPING * residual.square()
+
+    def parameter_group(self) -> dict[str, Any]:
+        """For an optimizer of Adam's kind: `eps` far above the gradient makes its steps plain."""
+        plain = {"lr": 1.0, "betas": (0.0, 0.999), "eps": 1.0}
+        return {"params": [self.multiplier], "maximize": True, **plain}
 
 
 def complete(keep: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from llm_vtrans.training import Objective, TrainingSettings
 
 SHARPNESS = (0.5, LAST_SHARPNESS)  # of the keep probability, annealed geometrically over the stage
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
-MULTIPLIER_LEARNING_RATE = 0.1
 CUBIC_SHARE = 0.5  # of the steps: then the masks settle at the budget
 
 
@@ -82,8 +81,7 @@ class SearchObjective(Objective):
             "penalty": penalty,
             "sparsity": sparsity[binding],
             "target": target[binding],
-            "lambda_1": self.lagrangian.linear,
-            "lambda_2": self.lagrangian.quadratic,
+            "multiplier": self.lagrangian.multiplier,
             **shrunk,
         }
 
@@ -121,14 +119,9 @@ class SearchObjective(Objective):
         return self.expected_sparsity(keep)
 
     def optimizer(self) -> torch.optim.AdamW:
-        """Minimises over masks and student and maximises over the multipliers."""
-        multipliers = {
-            "params": list(self.lagrangian.parameters()),
-            "lr": MULTIPLIER_LEARNING_RATE,
-            "maximize": True,
-        }
+        """Minimises over masks and student and maximises over the multiplier."""
         masks = {"params": list(self.masks.parameters()), "peak": self.settings.learning_rate}
-        groups = [multipliers, masks, *self.distillation.parameter_groups()]
+        groups = [self.lagrangian.parameter_group(), masks, *self.distillation.parameter_groups()]
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def record(self) -> dict[str, Tensor]:
@@ -136,7 +129,7 @@ class SearchObjective(Objective):
         return {} if self.shrinker is None else self.shrinker.state()
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Lets all rates decay linearly to zero but that of the multipliers; shrinks when due."""
+        """Lets all rates decay linearly to zero but the multiplier's; shrinks when due."""
         if self.shrinker is not None:
             self.shrinker.step(step, self.masks, optimizer)
         for group in optimizer.param_groups:

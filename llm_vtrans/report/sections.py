@@ -117,8 +117,8 @@ def training(record: RunRecord) -> str:
             [line("expected", "sparsity"), line("target", "target")],
         ),
         xy_chart(
-            "Multipliers of the budget", "step", "multiplier",
-            [line("lambda 1", "lambda_1"), line("lambda 2", "lambda_2")],
+            "Multiplier of the budget", "step", "nats per share of it",
+            [line("multiplier", "multiplier")],
         ),
         xy_chart("KL of the masks", "step", "nats", [line("KL", "kl")]),
         xy_chart("Throughput", "step", "tokens/s", [line("rate", "tokens_per_second")]),

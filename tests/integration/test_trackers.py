@@ -20,12 +20,12 @@ def test_tensorboard_offline(tmp_path: Path) -> None:
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     events = EventAccumulator(str(folder / "tracking" / "out")).Reload()
-    for name in ("loss", "distillation", "sparsity", "lambda_1"):
+    for name in ("loss", "distillation", "sparsity", "multiplier"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(r["step"], r[name]) for r in records if name in r]  # none in tuning
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-6)
-        assert 0 < len(found) < 8 if name == "lambda_1" else len(found) == 8
+        assert 0 < len(found) < 8 if name == "multiplier" else len(found) == 8
 
 
 def test_an_unknown_tracker_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from llm_vtrans.budget import (
     parameter_cost,
 )
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
-from llm_vtrans.masks import VIBMasks
+from llm_vtrans.masks import VIBMasks, keep_probability
 from llm_vtrans.search import (
     INITIAL_LOG_VAR,
     SHARPNESS,
@@ -105,10 +105,10 @@ def test_every_unit_has_a_gradient_at_the_start() -> None:
 
 
 @pytest.mark.parametrize("residual", [0.3, -0.3])
-def test_multipliers_raise_the_penalty_of_a_violation(residual: float) -> None:
-    """They ascend: the penalty grows from zero, and it pushes the residual back to zero."""
+def test_the_multiplier_raises_the_penalty_of_a_violation(residual: float) -> None:
+    """It ascends: the penalty grows, and it pushes the residual back to zero."""
     lagrangian = Lagrangian()
-    optimizer = torch.optim.Adam(lagrangian.parameters(), lr=0.1, maximize=True)
+    optimizer = torch.optim.AdamW([lagrangian.parameter_group()], weight_decay=0.0)
     penalties, pushes = [], []
     for _ in range(5):
         gap = torch.tensor(residual, requires_grad=True)
@@ -119,11 +119,35 @@ def test_multipliers_raise_the_penalty_of_a_violation(residual: float) -> None:
         assert gap.grad is not None
         pushes.append(-float(gap.grad))
         optimizer.step()
-    assert penalties[0] == 0 and penalties == sorted(set(penalties))
-    assert all(push * residual < 0 for push in pushes[1:])
+    assert penalties[0] > 0 and penalties == sorted(set(penalties))
+    assert all(push * residual < 0 for push in pushes)
+    assert float(lagrangian.multiplier.detach()) == pytest.approx(5 * residual, rel=0.5)
 
 
-def test_a_met_constraint_leaves_the_multipliers() -> None:
+@pytest.mark.parametrize("largest", [0.4, 4.0, 20.0])  # nats, of losing everything
+def test_the_budget_is_met_without_losing_more(largest: float) -> None:
+    """Units of rising worth: the expected share follows its target, and the least useful go."""
+    worth = torch.linspace(0, largest, 500) / 500
+    log_alpha = torch.full((500,), -4.0, requires_grad=True)
+    lagrangian = Lagrangian()
+    groups = [lagrangian.parameter_group(), {"params": [log_alpha], "lr": 0.1}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    excess = []
+    for step in range(300):
+        keep = keep_probability(log_alpha, sharpness_at(step / 300))
+        residual = (1 - keep).mean() - target_at(step, 300, 0.1, 0.5, "linear")
+        loss = (worth * (1 - keep)).sum() + lagrangian(residual)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        excess.append(float(residual.detach()))
+    assert max(excess) < 0.2 and max(map(abs, excess[-50:])) < 0.03
+    lost = log_alpha > 0
+    assert float(lost.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert worth[lost].max() < worth[~lost].min() + 0.05 * worth.max()
+
+
+def test_a_met_constraint_leaves_the_multiplier() -> None:
     lagrangian = Lagrangian()
     lagrangian(torch.zeros(())).backward()
     for parameter in lagrangian.parameters():

@@ -45,7 +45,9 @@ def write_run(folder, name="dense"):
     folder.mkdir()
     (folder / "vtrans.json").write_text(json.dumps(manifest(name)))
     lines = [
-        json.dumps({"step": s, "loss": 1.5 - s, "sparsity": 0.1 * s, "target": 0.5, "lambda_1": s})
+        json.dumps(
+            {"step": s, "loss": 1.5 - s, "sparsity": 0.1 * s, "target": 0.5, "multiplier": s}
+        )
         for s in (2, 4)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
