@@ -16,11 +16,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.checkpoint import Checkpoint
@@ -172,6 +169,26 @@ def check_parameters(subject: Subject) -> Iterator[str]:
         yield f"{stored:,} parameters exceed the budget of {budget['target']:,}"
 
 
+def check_macs(subject: Subject) -> Iterator[str]:
+    """PyTorch's own counter finds the multiply-accumulates that the manifest states.
+
+    On a network without weights; attention is eager, as the counter knows no fused kernel.
+    """
+    stated, seq_len = subject.manifest["macs"]["after"], subject.manifest["macs"]["seq_len"]
+    tokens = torch.ones(1, seq_len, dtype=torch.long, device="meta")
+    with init_empty_weights(), torch.device("meta"):
+        model = auto_class(subject.config).from_config(subject.config, attn_implementation="eager")
+    if subject.manifest.get("task") == "multiple-choice":
+        tokens = tokens[:, None]
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(tokens)
+    if counter.get_total_flops() != 2 * stated:
+        yield f"{counter.get_total_flops() // 2:,} are counted, the manifest states {stated:,}"
+    for budget in (subject.manifest["budget"], *subject.manifest.get("also", ())):
+        if budget["kind"] == "MACs" and stated > budget["target"]:
+            yield f"{stated:,} exceed the budget of {budget['target']:,}"
+
+
 def check_loads(subject: Subject) -> Iterator[str]:
     """It loads in `transformers`, with finite weights, and its tokenizer with it."""
     for name, parameter in subject.model.named_parameters():
@@ -237,6 +254,7 @@ CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
     "shapes": check_shapes,
     "dtype": check_dtype,
     "parameters": check_parameters,
+    "macs": check_macs,
     "loads": check_loads,
     "perplexity": check_perplexity,
 }

@@ -97,7 +97,8 @@ def edit(name, **changes):
         (cut_short, {"hashes", "shapes", "dtype", "parameters", "loads", "perplexity"}),
         (lambda folder: (folder / "tokenizer.json").unlink(), {"hashes", "loads", "perplexity"}),
         (lambda folder: save_file({}, folder / "model-extra.safetensors"), {"hashes"}),
-        (edit("config.json", hidden_size=12), {"hashes", "shapes", "loads", "perplexity"}),
+        (edit("config.json", hidden_size=12), {"hashes", "shapes", "macs", "loads", "perplexity"}),
+        (edit("vtrans.json", macs__after=5), {"macs"}),
         (edit("vtrans.json", params__after=5), {"parameters"}),
         (edit("vtrans.json", perplexity__pruned=3.0), {"perplexity"}),
         (edit("vtrans.json", scores__pruned__perplexity=3.0), {"perplexity"}),  # what tables show
