@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel, logits_of
-from llm_vtrans.budget import Cost, mac_cost
 from llm_vtrans.choosing import Chooser, hard_gates
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
-from llm_vtrans.families import Architecture
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.latency import forward_ms
-from llm_vtrans.loading import Source, Weights, fill_model, load_model, open_source
+from llm_vtrans.loading import Weights, fill_model, load_model
 from llm_vtrans.manifest import (
     dtype_name,
     figures,
@@ -40,24 +33,13 @@ from llm_vtrans.manifest import (
 )
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import oblique_basis
-from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.own_words import own_windows, with_windows
-from llm_vtrans.planning import (
-    dense_params,
-    make_problem,
-    rotates,
-    task_data,
-    training_settings,
-    window_length,
-)
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.problem import Problem, check_reachable
-from llm_vtrans.quantised import FULL, check_form
-from llm_vtrans.ranks import join
-from llm_vtrans.recording import METHODS, deciding_settings, result_line, write_record
-from llm_vtrans.recovering import check_recoverable, check_recovery, recover_checkpoint
-from llm_vtrans.recovery_training import default_steps
-from llm_vtrans.reporting import METRICS_FILE, Reporter
+from llm_vtrans.preparation import Prepared
+from llm_vtrans.problem import Problem
+from llm_vtrans.quantised import FULL
+from llm_vtrans.recording import result_line, write_record
+from llm_vtrans.recovering import recover_checkpoint
+from llm_vtrans.reporting import METRICS_FILE
 from llm_vtrans.reuse import reused_masks
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import (
@@ -65,23 +47,18 @@ from llm_vtrans.run_state import (
     STATE_FOLDER,
     extra_tensors,
     open_state,
-    read_state,
     remove_state,
     restore,
     save_state,
 )
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.shrinking import Shrinker
-from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
-from llm_vtrans.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.trained_weights import (
-    BYTES_PER_PARAMETER,
-    check_trainable,
     stored_weights,
     train_weights,
 )
-from llm_vtrans.training import Objective, Progress, TrainingSettings, train
+from llm_vtrans.training import Objective, Progress, train
 from llm_vtrans.tune import TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
@@ -93,41 +70,24 @@ CHOICE_ROWS = 32  # of labelled data, which has one answer in a row
 
 
 @dataclass
-class Job:
+class Job(Prepared):
     """A run between its stages; `prepare` makes it, the other methods are called in order.
 
     Attributes:
-        args: checked options.
-        accelerator: ranks and device.
-        reporter: what the run tells.
-        source: the dense checkpoint.
-        architecture: its table, after rotation if there is one.
-        problem: budget, rounding and layout.
-        settings: of the training loop.
-        data: the task with its examples.
-        output: the result's folder.
-        preemption: tells when a signal asks the run to go.
-        saved: step and tensors of the unfinished run to continue.
+        perplexity: headline score after every stage.
+        scores: all scores of the dense and the written model.
+        latency: milliseconds of a pass by what it was measured on.
+        rotation: of the residual stream, if it is rotated.
+        head_basis: of the heads, where not all of their dimensions are kept.
         choice: on which plans are compared; None for training examples. Masks are fitted to the
             calibration text, a model's own words tell what else a plan loses.
     """
 
-    args: PruneArguments
-    accelerator: Accelerator
-    reporter: Reporter
-    source: Source
-    architecture: Architecture
-    problem: Problem
-    settings: TrainingSettings
-    data: Task
-    output: OutputFolder
-    preemption: Preemption
     perplexity: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     rotation: Tensor | None = None
     head_basis: HeadBasis | None = None
-    saved: tuple[int, dict[str, Tensor]] | None = None
     choice: Examples | None = None
 
     # Filled by `load` and `allocate`.
@@ -138,114 +98,6 @@ class Job:
     is_searched: bool = field(init=False)
     plan: PrunePlan = field(init=False)
     manifest: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def prepare(cls, args: PruneArguments, preemption: Preemption) -> Job:
-        """Checks everything that can be checked without loading weights.
-
-        Raises:
-            UserError: model, data, budget or output folder cannot be used.
-        """
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        accelerator = join(
-            gradient_accumulation_steps=args.gradient_accumulation,
-            log_with=trackers(args),
-            project_dir=args.output_folder().parent / TRACKING_FOLDER,
-        )
-        set_seed(args.seed)
-        check_form(args.load_in, accelerator)
-        check_trainable(args, accelerator)
-        check_recovery(args, accelerator)
-        reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
-        resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
-        output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
-        with accelerator.main_process_first():
-            output.check()
-        source = open_source(args.model, args.revision)
-        check_recoverable(args, source)
-        seq_len = window_length(args, source)
-        args = args.filled(seq_len, accelerator.num_processes)
-        problem = make_problem(args, source, accelerator.device)
-        check_reachable(problem, frozenset(args.structures()))
-        trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
-        output.require_space(2 * source.checkpoint.num_bytes + trained)
-        with reporter.phase("calibration"):
-            data = task_data(args, source, seq_len)
-        settings = training_settings(args, accelerator.num_processes)
-        job = cls(
-            args, accelerator, reporter, source, problem.architecture, problem, settings, data,
-            output, preemption,
-        )  # fmt: skip
-        job.saved = job._saved_state()
-        reporter.num_steps = settings.num_steps + job.recovery_steps
-        return job
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a calibration window; MACs are stated for this length."""
-        return window_length(self.args, self.source)
-
-    @property
-    def uses_rotation(self) -> bool:
-        """Whether the residual stream is rotated before masks are trained."""
-        return rotates(self.args, self.source)
-
-    @property
-    def recovery_steps(self) -> int:
-        """Steps that train the exported network."""
-        if self.args.recover not in ("lora", "full"):
-            return 0
-        batch = self.args.global_batch(self._num_ranks)
-        return self.args.recover_steps or default_steps(batch, self.seq_len)
-
-    @cached_property
-    def macs(self) -> Cost:
-        """Multiply-accumulates for one sequence."""
-        return mac_cost(self.architecture, self.seq_len)
-
-    def show_plan(self) -> None:
-        """Prints what is going to happen."""
-        args = self.args
-        aims = " and ".join(
-            f"from {limit.budget.dense:,} to at most {limit.budget.target:,} {limit.budget.kind} "
-            f"({100 * limit.budget.sparsity:.1f}% less)"
-            for limit in self.problem.limits
-        )
-        self.reporter.say(
-            f"{args.model}: {self.source.config.model_type}, {aims}\n"
-            f"prune {', '.join(args.structures())}; layout {args.layout}; rotation "
-            f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
-            f"{self.problem.round_to}\n"
-            f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
-            f"{args.global_batch(self._num_ranks)} x {self.seq_len} tokens of {args.data} on "
-            f"{self._num_ranks} rank(s), {self.accelerator.device.type}, "
-            f"{dtype_name(self.dtype)}{self._recovery_line}\nresult in {args.output_folder()}"
-        )
-        if args.json and args.dry_run and self.accelerator.is_main_process:
-            plan = {"output": str(args.output_folder()), "budget": asdict(self.problem.budget),
-                    "layout": args.layout, "steps": self.settings.num_steps}  # fmt: skip
-            print(json.dumps(plan))
-
-    @property
-    def _recovery_line(self) -> str:
-        steps = f" for {self.recovery_steps} steps" if self.recovery_steps else ""
-        return f"\nrecover by {self.args.recover}{steps}" if self.args.recovers else ""
-
-    @property
-    def _num_ranks(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def _global_batch(self) -> int:
-        return self.args.global_batch(self._num_ranks)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        if self.args.dtype != "auto":
-            return getattr(torch, self.args.dtype)
-        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
 
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""
@@ -293,7 +145,7 @@ class Job:
     def _write_own_words(self, model: PreTrainedModel) -> None:
         """Mixes the model's own texts into those that are still to be trained on."""
         args, train = self.args, self.data.train
-        first = 0 if args.masks is None else self.settings.search_steps * self._global_batch
+        first = 0 if args.masks is None else self.settings.search_steps * self.global_batch
         num = round(args.own_words * max(0, len(train) - first))
         own = own_windows(model, CHOICE_EXAMPLES + num, train, self.accelerator, args.seed)
         chosen, mixed = own.split([CHOICE_EXAMPLES, num])
@@ -352,25 +204,6 @@ class Job:
         first = examples.take(torch.arange(min(num, len(examples))))
         batches = first.batches(self.args.batch_size, self.accelerator.device)
         return [inputs_of(batch) for batch in batches]
-
-    def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The unfinished run in the output folder, if it is to be continued."""
-        folder = self.output.path
-        exists = (folder / STATE_FILE).is_file()
-        if exists and not (self.args.resume or self.args.overwrite):
-            raise UserError(
-                f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew"
-            )
-        return read_state(folder, self._fingerprint) if self.args.resume else None
-
-    @cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        """Settings that a resumed run must share; ranks may differ if the global batch does not."""
-        return {
-            **deciding_settings(self.args),
-            "global_batch": self._global_batch,
-            "checkpoint": self.source.checkpoint.sha256,
-        }
 
     def search(self) -> None:
         """Trains the masks, unless an earlier run did."""
@@ -466,7 +299,7 @@ class Job:
         def save(step: int) -> None:
             if self.accelerator.is_main_process:
                 extra = {**record, **objective.record()}
-                save_state(self.output.path, step, objective, optimizer, extra, self._fingerprint)
+                save_state(self.output.path, step, objective, optimizer, extra, self.fingerprint)
 
         with self.preemption.deferred(self.accelerator):
             train(

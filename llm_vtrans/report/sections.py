@@ -110,6 +110,7 @@ def training(record: RunRecord) -> str:
     return charts(
         xy_chart(
             "Losses", "step", "nats", [line("loss", "loss"), line("distillation", "distillation"),
+             line("hidden states", "hidden"), line("task", "task"),
              line("budget penalty", "penalty")], f"Single batches, every {every} steps.",
         ),
         xy_chart(
