@@ -38,7 +38,10 @@ def known_options(words):
         return options_of(SOURCES[ROOT / "llm_vtrans" / "score.py"])
     if script == "llm_vtrans/prune.py" or "sbatch" in words:
         return prune
-    return options_of((ROOT / script).read_text(encoding="utf-8")) if script else None
+    if script is None:
+        return None
+    own = options_of((ROOT / script).read_text(encoding="utf-8"))
+    return own | prune if script == "eval/compare_variants.py" else own
 
 
 @pytest.mark.parametrize("line", command_lines())
