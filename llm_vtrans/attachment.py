@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import (
-    UNIT_AXES,
+    UNIT_AXIS,
     Architecture,
     Axis,
     Dim,
@@ -157,13 +157,11 @@ class MaskedModel(nn.Module):
         """Gates of the units that the network has; of those in layers one tensor per layer."""
         assert self._alive is not None
         reduced: dict[str, Any] = dict(gates)
-        for name, axis in ((PRESENT_HIDDEN, Axis.HIDDEN), *((axis, axis) for axis in UNIT_AXES)):
-            alive = self._alive[axis]
-            if name in gates and axis is Axis.HIDDEN:
-                reduced[name] = gates[name][alive]
-            elif name in gates:
-                rows = zip(gates[name], alive, strict=True)
-                reduced[name] = [row[keep] for row, keep in rows]
+        for name in gates.keys() & {Axis.HIDDEN, PRESENT_HIDDEN}:
+            reduced[name] = gates[name][self._alive[Axis.HIDDEN]]
+        for axis in gates.keys() & set(UNIT_AXIS.values()):
+            rows = zip(gates[axis], self._alive[axis], strict=True)
+            reduced[axis] = [row[keep] for row, keep in rows]
         return reduced
 
     def whole_stream(self, hidden: Tensor) -> Tensor:

@@ -71,9 +71,8 @@ class SearchObjective(Objective):
         residual, binding = (sparsity - target).min(dim=0)
         penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
-        shrunk = (
-            {} if self.shrinker is None else {"removed": sparsity.new_tensor(self.shrinker.removed)}
-        )
+        if self.shrinker is not None:
+            terms = {**terms, "removed": sparsity.new_tensor(self.shrinker.removed)}
         return {
             **terms,
             "loss": terms["loss"] + self.settings.kl_weight * kl + penalty,
@@ -82,7 +81,6 @@ class SearchObjective(Objective):
             "sparsity": sparsity[binding],
             "target": target[binding],
             "multiplier": self.lagrangian.multiplier,
-            **shrunk,
         }
 
     def targets(self, step: int) -> list[float]:
