@@ -43,6 +43,7 @@ from llm_vtrans.loading import Source, open_source
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
 from llm_vtrans.planning import task_data, window_length
 from llm_vtrans.preemption import Preemption
+from llm_vtrans.problem import TOLERANCE
 from llm_vtrans.prune import prune
 from llm_vtrans.reporting import table
 from llm_vtrans.tasks import Task
@@ -118,7 +119,9 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
         with suppress(UserError):  # no number of heads may fit this size
             fixed = replace(job.problem, fixed={Axis.HIDDEN: size})
             plans.append(allocate_scores(scores, {}, fixed))
-    job.plan = replace(min(plans, key=chooser.loss), basis=job.head_basis)
+    used = [job.problem.cost.of(plan.shape) / job.problem.budget.target for plan in plans]
+    full = [plan for plan, share in zip(plans, used, strict=True) if share >= max(used) - TOLERANCE]
+    job.plan = replace(min(full, key=chooser.loss), basis=job.head_basis)
     job.masked.set_gates(None)
     job.export()
 
