@@ -118,7 +118,7 @@ class PruneArguments:
         "default: enough for 450 optimizer steps, 10,000 of vtrans and of fast's whole.",
     )
     tune_share: float = _option(
-        1 / 3,
+        0.5,
         "Share of the samples that is used after the units are picked, to tune maps of the "
         "residual stream and a factor at every gate for them. 0: none.",
     )

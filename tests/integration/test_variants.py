@@ -95,7 +95,7 @@ def test_resumed_is_uninterrupted(
     check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
 
 
-@pytest.mark.parametrize("stop", [21, 25])  # of 32 steps of the search; it shrinks every third
+@pytest.mark.parametrize("stop", [17, 21])  # of 24 steps of the search; it shrinks every third
 def test_a_network_that_shrinks_is_resumed(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
