@@ -20,7 +20,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Place, Shape, Sublayer
 from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks, keep_probability
-from llm_vtrans.problem import Problem, check_reachable
+from llm_vtrans.problem import TOLERANCE, Problem, check_reachable
 from llm_vtrans.shape_choice import Ranking, choose_free, choose_uniform
 
 REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes
@@ -124,9 +124,22 @@ def allocate_scores(
     choose = choose_uniform if problem.is_uniform else choose_free
     while (shape := choose(Ranking(full, benefits, present, pruned), problem)) is None:
         present = _drop_one(present, scores, problem)
+    fuller = present  # fewer layers, each nearly whole, may leave more unused than is promised
+    while _unused(shape, problem) > TOLERANCE and "layers" in scores and not bool(fuller.all()):
+        fuller = _restore_one(fuller, scores)
+        other = choose(Ranking(full, benefits, fuller, pruned), problem)
+        if other is not None and _unused(other, problem) <= TOLERANCE:
+            shape = other
     gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
     gates = {name: gate.contiguous() for name, gate in gates.items()}
     return PrunePlan(_keep_best(full, shape), gates, shape.head_dim)
+
+
+def _unused(shape: Shape, problem: Problem) -> float:
+    """Share of the tightest budget that is left; nothing where rounding has the say."""
+    if problem.round_to > 1:
+        return 0.0
+    return 1 - max(limit.cost.of(shape) / limit.budget.target for limit in problem.limits)
 
 
 def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor:

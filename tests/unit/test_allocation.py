@@ -118,6 +118,7 @@ def test_per_layer_comes_close(structures: tuple[str, ...], sparsity: float, see
 
 @pytest.mark.parametrize("structures", [ALL, ("hidden", "heads", "ffn"), ("hidden", "ffn")])
 @given(sparsity=sparsities, seed=seeds)
+@example(sparsity=0.1640625, seed=0)  # five layers of six that are nearly whole move in 0.2%
 @settings(max_examples=6, deadline=None)
 def test_uniform_comes_close(structures: tuple[str, ...], sparsity: float, seed: int) -> None:
     """With hidden sizes to choose from; the FFN alone moves in steps of all layers."""
