@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.attachment import Gates, MaskedModel, logits_of
-from llm_vtrans.distillation import Distillation
+from llm_vtrans.distillation import Distillation, with_sum
 from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.families.base import Axis
 from llm_vtrans.layer_matching import layer_distance, spaced, token_mask
@@ -79,7 +79,7 @@ class DenseTeacher(Distillation):
         }
         if learnt.get("loss") is not None:
             terms["task"] = learnt["loss"].float()
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        return with_sum(terms)
 
     def hidden_loss(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], is_token: Tensor | None

@@ -72,6 +72,11 @@ class Taught:
     layers: list[Tensor]
 
 
+def with_sum(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms, each of shape `()`, and `loss`, their sum."""
+    return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+
 class SelfDistillation(Distillation):
     """The weights are frozen, so the teacher is the same network with masks and tuning off.
 
@@ -88,24 +93,24 @@ class SelfDistillation(Distillation):
         return Taught(outputs, spaced(layers) if layers else [])
 
     def loss(self, inputs: Batch, taught: Taught) -> Tensor:
-        """Sum of the terms, shape `()`, under the gates in force."""
-        return torch.stack(list(self._terms(inputs, taught).values())).sum()
+        """Sum of the terms that all plans have, shape `()`, under the gates in force."""
+        matches = not self.masked.tuning.is_rotated  # with another basis there is none to match
+        return with_sum(self._terms(inputs, taught, matches))["loss"]
 
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
         """Terms of one micro-batch: `distillation`, and `hidden` where layers are matched."""
         inputs = inputs_of(batch)
         taught = self.teach(inputs)
         self.masked.set_gates(gates)
-        terms = self._terms(inputs, taught)
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        return with_sum(self._terms(inputs, taught, not self.masked.tuning.moves_stream))
 
-    def _terms(self, inputs: Batch, taught: Taught) -> dict[str, Tensor]:
+    def _terms(self, inputs: Batch, taught: Taught, matches: bool) -> dict[str, Tensor]:
         """Mean KL per prediction in nats, and the mean distance of layers in the teacher's."""
         head, (learnt, layers) = self.masked.head, self._run(inputs)
         if head is not None:
             return {"distillation": chunked_distillation(head, learnt, taught.outputs)}
         terms = {"distillation": distillation_loss(learnt, taught.outputs)}
-        if taught.layers and not self.masked.tuning.moves_stream:
+        if taught.layers and matches:
             terms["hidden"] = layer_distance(layers, taught.layers, token_mask(inputs))
         return terms
 
@@ -114,7 +119,6 @@ class SelfDistillation(Distillation):
         masked = self.masked
         if masked.head is not None:
             return masked.hidden_states(inputs), []
-        if masked.predicts_tokens:
-            return masked(inputs), []
-        output = masked.model(**inputs, use_cache=False, output_hidden_states=True)
-        return logits_of(output), list(output.hidden_states[1:])
+        matches = not masked.predicts_tokens
+        output = masked.model(**inputs, use_cache=False, output_hidden_states=matches)
+        return logits_of(output), list(output.hidden_states[1:]) if matches else []

@@ -8,7 +8,9 @@ from llm_vtrans.attachment import LINEAR_HEADS, MaskedModel
 from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
 from llm_vtrans.families import family_for
-from llm_vtrans.families.base import head_of
+from llm_vtrans.families.base import Axis, Place, head_of
+from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.tuning import Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 from tests.unit.test_exactness import inputs_for
 
@@ -78,6 +80,22 @@ def test_other_heads_follow_the_stream() -> None:
     torch.testing.assert_close(terms["hidden"], torch.stack(expected).mean())
     torch.testing.assert_close(terms["loss"], terms["hidden"] + terms["distillation"])
     assert float(distillation.loss(inputs, taught)) == pytest.approx(float(terms["loss"]))
+
+
+def test_plans_are_compared_by_what_all_of_them_have() -> None:
+    """Those in another basis of the stream have no layers to match; the others' do not count."""
+    model = tiny_model("llama-classify")
+    architecture = rotated_architecture(family_for("llama").describe(model.config))
+    masked = MaskedModel(model, architecture, Tuning(architecture, is_rotated=True))
+    inputs = inputs_for(model.config, 0)
+    distillation = SelfDistillation(masked)
+    taught = distillation.teach(inputs)
+    losses = []
+    for maps in (None, {place: torch.eye(architecture.num_units[Axis.HIDDEN]) for place in Place}):
+        masked.tuning.start(maps)
+        masked.set_gates({"ffn": torch.full((3, 20), 0.5)})
+        losses.append(float(distillation.loss(inputs, taught)))
+    assert losses[0] > 1e-6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_head_that_rescales_is_not_taken_for_a_matrix() -> None:
