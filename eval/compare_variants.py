@@ -33,11 +33,10 @@ from eval.baselines.ranking import uniform_ranks
 from eval.baselines.selection import hidden_sizes
 from llm_vtrans.allocation import allocate_scores
 from llm_vtrans.arguments import VARIANTS, PruneArguments, parse
-from llm_vtrans.choosing import Chooser
 from llm_vtrans.command import Parser, run_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
-from llm_vtrans.job import CHOICE_EXAMPLES, Job
+from llm_vtrans.job import Job
 from llm_vtrans.latency import forward_ms
 from llm_vtrans.loading import Source, open_source
 from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
@@ -111,17 +110,14 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
     chosen = importance(network, job.args.seed)
     (scores,) = uniform_ranks({name: chosen[name] for name in job.args.structures()
                                if name in chosen}, job.architecture.num_layers)  # fmt: skip
-    batches = job.data.train.take(torch.arange(min(CHOICE_EXAMPLES, len(job.data.train))))
-    inputs = [inputs_of(b) for b in batches.batches(job.args.batch_size, job.accelerator.device)]
-    chooser = Chooser(job.distillation, job.masks, inputs, None, job.head_basis)
     plans = [allocate_scores(scores, {}, job.problem)]
     for size in hidden_sizes(job.problem, frozenset(scores)) if Axis.HIDDEN in scores else ():
         with suppress(UserError):  # no number of heads may fit this size
             fixed = replace(job.problem, fixed={Axis.HIDDEN: size})
             plans.append(allocate_scores(scores, {}, fixed))
-    used = [job.problem.cost.of(plan.shape) / job.problem.budget.target for plan in plans]
+    used = [job.problem.used(plan.shape) for plan in plans]
     full = [plan for plan, share in zip(plans, used, strict=True) if share >= max(used) - TOLERANCE]
-    job.plan = replace(min(full, key=chooser.loss), basis=job.head_basis)
+    job.plan = replace(min(full, key=job.chooser().loss), basis=job.head_basis)
     job.masked.set_gates(None)
     job.export()
 
@@ -205,12 +201,13 @@ def run(arguments: list[str]) -> None:
     first, common = dense_model(args, common)
     source = open_source(first.model)
     found = list(results(args, common))
-    task = task_data(first, source, window_length(first, source))
+    seq_len = window_length(first, source)
+    task = task_data(first, source, seq_len)
     rows = report(found, source, task)
     atomic_write_text(args.output / "table.json", json.dumps(rows, indent=2) + "\n")
     print(table([tuple(rows[0]), *(tuple(map(_shown, row.values())) for row in rows)]))
     print(
-        f"\n{task.protocol}. MACs: of {window_length(first, source)} tokens. Seconds: of "
+        f"\n{task.protocol}. MACs: of {seq_len} tokens. Seconds: of "
         "training and choosing, loading and scoring left out. Speedup: of a forward pass over "
         f"validation examples of the dense model in float32, {torch.get_num_threads()} thread(s)."
     )

@@ -118,28 +118,27 @@ def allocate_scores(
     pruned = frozenset(scores)
     full = complete(scores, architecture)
     present = _present(scores, architecture)
-    while "layers" in scores and not bool(present.all()) and _fits_whole(present, problem):
+    while _are_gone(present, scores) and _fits_whole(present, problem):
         present = _restore_one(present, scores)
     benefits = _benefits(full, problem)
     choose = choose_uniform if problem.is_uniform else choose_free
     while (shape := choose(Ranking(full, benefits, present, pruned), problem)) is None:
         present = _drop_one(present, scores, problem)
-    fuller = present  # fewer layers, each nearly whole, may leave more unused than is promised
-    while _unused(shape, problem) > TOLERANCE and "layers" in scores and not bool(fuller.all()):
-        fuller = _restore_one(fuller, scores)
-        other = choose(Ranking(full, benefits, fuller, pruned), problem)
-        if other is not None and _unused(other, problem) <= TOLERANCE:
-            shape = other
+    if problem.round_to == 1:  # else rounding says what is left
+        fuller = present  # fewer layers, each nearly whole, may leave more than is promised
+        while problem.used(shape) < 1 - TOLERANCE and _are_gone(fuller, scores):
+            fuller = _restore_one(fuller, scores)
+            other = choose(Ranking(full, benefits, fuller, pruned), problem)
+            if other is not None and problem.used(other) >= 1 - TOLERANCE:
+                shape = other
     gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
     gates = {name: gate.contiguous() for name, gate in gates.items()}
     return PrunePlan(_keep_best(full, shape), gates, shape.head_dim)
 
 
-def _unused(shape: Shape, problem: Problem) -> float:
-    """Share of the tightest budget that is left; nothing where rounding has the say."""
-    if problem.round_to > 1:
-        return 0.0
-    return 1 - max(limit.cost.of(shape) / limit.budget.target for limit in problem.limits)
+def _are_gone(present: Tensor, scores: Mapping[str, Tensor]) -> bool:
+    """Whether masks of layers removed some."""
+    return "layers" in scores and not bool(present.all())
 
 
 def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor:

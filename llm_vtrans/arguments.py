@@ -218,7 +218,7 @@ class PruneArguments:
                 f"--recover-steps {self.recover_steps} belongs to --recover lora or full, not to "
                 f"{self.recover}: leave it out"
             )
-        for name in ("samples", "batch_size", "recover_steps"):
+        for name in ("samples", "batch_size", "recover_steps", "shrink_every"):
             self._at_least(name, 0)
         for name in ("gradient_accumulation", "save_every", "log_every"):
             self._at_least(name, 1)
@@ -268,8 +268,6 @@ class PruneArguments:
             if not 0 < getattr(self, name) < float("inf"):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be positive, got {getattr(self, name)}")
-        if self.shrink_every < 0:
-            raise UserError(f"--shrink-every must not be negative, got {self.shrink_every}")
         if not self.trains_weights:
             if self.shrink_every:
                 raise UserError(

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Dim, Shape, Sublayer
 
 UNIFORM_POWER = 8  # between the mean (1) and the maximum (infinity) over layers
+DAMPING = 100.0  # nats per squared share of the budget
 
 Monomials = Mapping[tuple[Axis, ...], int]  # axes multiplied together, in order -> coefficient
-
-
-DAMPING = 100.0  # nats per squared share of the budget
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,7 @@ def _of_sizes(
 
 def _is_full(plan: PrunePlan, best: PrunePlan, problem: Problem) -> bool:
     """Whether a plan uses the budget as well as the best, or as exactly as is promised."""
-    return _used(plan, problem) >= min(_used(best, problem), 1 - TOLERANCE)
-
-
-def _used(plan: PrunePlan, problem: Problem) -> float:
-    """Share of the tightest budget that a plan uses."""
-    return max(limit.cost.of(plan.shape) / limit.budget.target for limit in problem.limits)
+    return problem.used(plan.shape) >= min(problem.used(best.shape), 1 - TOLERANCE)
 
 
 def _near(

@@ -32,7 +32,7 @@ from llm_vtrans.manifest import (
     write_masks,
 )
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.oblique import oblique_basis
+from llm_vtrans.oblique import ObliqueBasis, oblique_basis
 from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.preparation import Prepared
 from llm_vtrans.problem import Problem
@@ -234,11 +234,7 @@ class Job(Prepared):
             if self.uses_rotation:
                 batches = self._first_batches(ROTATION_WINDOWS)
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
-            num = CHOICE_EXAMPLES if self.masked.predicts_tokens else CHOICE_ROWS
-            chooser = Chooser(
-                self.distillation, self.masks,
-                self._first_batches(num, self.choice), oblique, self.head_basis,
-            )  # fmt: skip
+            chooser = self.chooser(oblique)
 
             def best(problem: Problem, name: str) -> PrunePlan:
                 plan = chooser.choose(problem)
@@ -251,6 +247,12 @@ class Job(Prepared):
                 best(other, "other_layout")
             self.plan = best(self.problem, "hardened")
             self.masked.set_gates(None)
+
+    def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
+        """Compares plans by what they lose on examples of the run."""
+        num = CHOICE_EXAMPLES if self.masked.predicts_tokens else CHOICE_ROWS
+        examples = self._first_batches(num, self.choice)
+        return Chooser(self.distillation, self.masks, examples, oblique, self.head_basis)
 
     def _found(self) -> dict[str, Tensor]:
         """What a run that is resumed in the last stage must know of those before.

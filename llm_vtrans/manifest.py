@@ -134,6 +134,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def score_of_stages(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline score after each stage and its protocol: perplexity, or a task's own."""
+    return manifest.get("perplexity") or manifest.get("score") or {}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

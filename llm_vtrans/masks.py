@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 THRESHOLD = 0.0  # log_alpha from which a unit's noise outweighs its signal
+SHARPNESS = (0.5, 10.0)  # of the keep probability, annealed geometrically over the search
 
 
 def log_alpha(mu: Tensor, log_var: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from llm_vtrans.manifest import score_of_stages
+
 FRONT = "---\n"
 PIPELINES = {  # of the hub, by task
     "clm": "text-generation",
@@ -92,7 +94,7 @@ def _results(manifest: dict[str, Any], scores: dict[str, Any]) -> list[EvalResul
             dataset_name=f"{Path(data).stem}, held out",
             metric_type=metric,
             metric_value=round(value, 6),
-            metric_name=_protocol(manifest),
+            metric_name=str(score_of_stages(manifest)["protocol"]),
         )
         for metric, value in manifest["scores"]["pruned"].items()
         if math.isfinite(value)
@@ -112,11 +114,6 @@ def _results(manifest: dict[str, Any], scores: dict[str, Any]) -> list[EvalResul
                     )
                 )
     return results
-
-
-def _protocol(manifest: dict[str, Any]) -> str:
-    """How the run's scores were measured."""
-    return str(manifest.get("perplexity", manifest.get("score", {}))["protocol"])
 
 
 def title(manifest: dict[str, Any]) -> str:
@@ -178,7 +175,7 @@ model = {auto_class}.from_pretrained("."{flag})
 {_code(figures)}
 ```
 
-{_plain(headline.capitalize())}: {_plain(_protocol(manifest))}. {terms}
+{_plain(headline.capitalize())}: {_plain(score_of_stages(manifest)["protocol"])}. {terms}
 
 `vtrans.json` states counts, kept units, settings and hashes (`llm-vtrans verify` checks them);
 `recipe.yaml` makes it anew: `llm-vtrans prune --config recipe.yaml`.

@@ -130,8 +130,7 @@ class Prepared:
         """Steps that train the exported network."""
         if self.args.recover not in ("lora", "full"):
             return 0
-        batch = self.args.global_batch(self.num_ranks)
-        return self.args.recover_steps or default_steps(batch, self.seq_len)
+        return self.args.recover_steps or default_steps(self.global_batch, self.seq_len)
 
     @cached_property
     def macs(self) -> Cost:
@@ -152,7 +151,7 @@ class Prepared:
             f"{'pca' if self.uses_rotation else 'none'}; dimensions in multiples of "
             f"{self.problem.round_to}\n"
             f"{METHODS[args.variant]}: {self.settings.num_steps} steps of "
-            f"{args.global_batch(self.num_ranks)} x {self.seq_len} tokens of {args.data} on "
+            f"{self.global_batch} x {self.seq_len} tokens of {args.data} on "
             f"{self.num_ranks} rank(s), {self.accelerator.device.type}, "
             f"{dtype_name(self.dtype)}{self._recovery_line}\nresult in {args.output_folder()}"
         )

@@ -51,6 +51,10 @@ class Problem:
         """Share that a model of this shape saves of what the budget counts."""
         return 1 - self.cost.of(shape) / self.budget.dense
 
+    def used(self, shape: Shape) -> float:
+        """Share of the tightest budget that a model of this shape uses; above 1 it breaks it."""
+        return max(limit.cost.of(shape) / limit.budget.target for limit in self.limits)
+
     @property
     def is_coupled(self) -> bool:
         """Whether heads times their width must be the hidden size."""

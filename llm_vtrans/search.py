@@ -12,13 +12,11 @@ from llm_vtrans.attachment import presence
 from llm_vtrans.budget import Lagrangian, Limit, complete
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.families.base import Architecture, Axis
-from llm_vtrans.masks import VIBMasks, keep_probability
-from llm_vtrans.shrinking import SHARPNESS as LAST_SHARPNESS
+from llm_vtrans.masks import SHARPNESS, VIBMasks, keep_probability
 from llm_vtrans.shrinking import Shrinker
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training import Objective, TrainingSettings
 
-SHARPNESS = (0.5, LAST_SHARPNESS)  # of the keep probability, annealed geometrically over the stage
 INITIAL_LOG_VAR = -4.0  # where that surrogate has a gradient from the first step on
 CUBIC_SHARE = 0.5  # of the steps: then the masks settle at the budget
 

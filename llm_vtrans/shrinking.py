@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
+from transformers.initialization import no_init_weights
 
 from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.attachment import MaskedModel
@@ -24,10 +25,9 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export import Pruning, export_config
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Axis, Sublayer, TensorSpec
 from llm_vtrans.loading import Source
-from llm_vtrans.masks import VIBMasks, keep_probability
+from llm_vtrans.masks import SHARPNESS, VIBMasks, keep_probability
 from llm_vtrans.problem import Problem
 
-SHARPNESS = 10.0  # of the keep probability at the end of the search
 GIVEN_UP = 0.01  # keep probability from which a unit does not come back
 NEVER = 20.0  # `log_var` of a unit that went: no rank is lower
 PREFIX = "alive."  # of tensors in a saved state
@@ -46,7 +46,6 @@ class Shrinker:
         problem: budget and layout; what meets it now does not go.
         every: steps between two looks at the masks.
         recomputes: as `Distillation`.
-        alive: units that are left, as `PrunePlan.keep`; None while all are.
     """
 
     masked: MaskedModel
@@ -54,11 +53,16 @@ class Shrinker:
     problem: Problem
     every: int
     recomputes: bool = False
-    alive: Keep | None = None
     _whole: nn.Module = field(init=False)
+    _pruning: Pruning | None = None  # of the present network; None while it is whole
 
     def __post_init__(self) -> None:
         self._whole = self.masked.model
+
+    @property
+    def alive(self) -> Keep | None:
+        """Units that are left, as `PrunePlan.keep`; None while all are."""
+        return None if self._pruning is None else self._pruning.plan.keep
 
     def step(self, step: int, masks: VIBMasks, optimizer: torch.optim.Optimizer) -> None:
         """Takes out what is given up, where a step is one that looks.
@@ -82,7 +86,7 @@ class Shrinker:
 
     def _alive_by(self, masks: VIBMasks) -> dict[str, Tensor]:
         """Units with a chance, and those of the plan that meets the budget now."""
-        found = {name: keep_probability(a.detach().cpu(), SHARPNESS) > GIVEN_UP
+        found = {name: keep_probability(a.detach().cpu(), SHARPNESS[1]) > GIVEN_UP
                  for name, a in masks.log_alpha().items()}  # fmt: skip
         alive = {n: k.bool() for n, k in complete(found, self.problem.architecture).items()}
         for index, part in enumerate(Sublayer):
@@ -102,45 +106,40 @@ class Shrinker:
             alive: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`.
             optimizer: of the weights, if they were trained before.
         """
-        old, weights = self.masked.model, self.weights()
-        pruning = self._pruning(alive)
-        small = self._build(pruning)
-        for name, (source, spec, layer) in pruning.tensors().items():
-            weight = weights[source]
+        weights, pruning = self._weights(), self._bind(alive)
+        small, tensors = self._build(pruning), pruning.tensors()
+        for name, (source, spec, layer) in tensors.items():
             parameter = small.get_parameter(name)
-            parameter.copy_(pruning.fold(_cut(weight, pruning, spec, layer), spec, layer))
+            cut = _cut(weights[source], pruning, spec, layer)
+            parameter.copy_(pruning.fold(cut, spec, layer))
             parameter.requires_grad_(self._whole.get_parameter(source).requires_grad)
-        moments = {} if optimizer is None else self._moments(optimizer)
-        self.alive = alive
-        tensors = pruning.tensors()
+        if optimizer is not None:
+            self._hand_over(optimizer, small, pruning)
+        self._pruning = pruning
         self.masked.attach(
             small, {name: (spec, layer) for name, (_, spec, layer) in tensors.items()},
             {name: keep.to(next(small.parameters()).device) for name, keep in alive.items()},
         )  # fmt: skip
-        if optimizer is not None:
-            self._hand_over(optimizer, old, moments, pruning)
 
     @torch.no_grad()
     def expand(self) -> None:
-        """Makes the network whole again."""
-        if self.alive is None:
+        """Makes the network whole again, with zeros where units went."""
+        if self._pruning is None:
             return
-        for name, weight in self.weights().items():
-            self._whole.get_parameter(name).copy_(weight)
-        self.alive = None
+        weights = self._weights()
+        for name in self.problem.architecture.named_tensors():
+            parameter = self._whole.get_parameter(name)
+            parameter.copy_(weights[name] if name in weights else torch.zeros(()))
+        self._pruning = None
         self.masked.run(self._whole)
 
     @property
     def removed(self) -> float:
         """Share of the parameters that are gone."""
-        if self.alive is None:
+        if self._pruning is None:
             return 0.0
         left = sum(p.numel() for p in self.masked.model.parameters())
         return 1 - left / sum(p.numel() for p in self._whole.parameters())
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights at full size, on the CPU, zeros where units are gone."""
-        return self._full({n: p.detach() for n, p in self.masked.model.named_parameters()}, True)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run must know."""
@@ -152,7 +151,7 @@ class Shrinker:
         if f"{PREFIX}{Axis.HIDDEN}" in saved:
             self.shrink({axis.value: saved[f"{PREFIX}{axis}"].bool() for axis in UNIT_AXES})
 
-    def _pruning(self, keep: Keep) -> Pruning:
+    def _bind(self, keep: Keep) -> Pruning:
         ones = {name: torch.ones(tensor.shape) for name, tensor in keep.items()}
         gate = {**ones, "layers": torch.ones(self.problem.architecture.num_layers, len(Sublayer))}
         return Pruning(self.source.checkpoint, self.problem.architecture, PrunePlan(keep, gate))
@@ -163,70 +162,58 @@ class Shrinker:
         config = CONFIG_MAPPING[written["model_type"]].from_dict({**written, "dtype": "float32"})
         whole: Any = self._whole
         config._attn_implementation = whole.config._attn_implementation
-        built = self.source.auto_class.from_config(config, trust_remote_code=False)
+        with no_init_weights():
+            built = self.source.auto_class.from_config(config, trust_remote_code=False)
+        built.tie_weights()
         built = built.float().to(next(whole.parameters()).device).train(whole.training)
         if self.recomputes:
             recompute(built)
         return built
 
-    def _full(self, tensors: Mapping[str, Tensor], unfolds: bool) -> dict[str, Tensor]:
-        """Tensors of the present network, by its names, at full size and by full names."""
-        architecture = self.problem.architecture
-        if self.alive is None:
-            return {n: tensors[n].cpu() for n in architecture.named_tensors() if n in tensors}
-        pruning = self._pruning(self.alive)
-        full = {
-            name: torch.zeros(spec.shape)
-            for name, (spec, _) in architecture.named_tensors().items()
-        }
-        for name, (source, spec, layer) in pruning.tensors().items():
-            if name not in tensors:
-                del full[source]
-                continue
-            small = tensors[name].cpu()
-            if unfolds:
-                shift = pruning.fold(torch.zeros_like(small), spec, layer)
-                small = (small - shift) / (
-                    pruning.fold(torch.ones_like(small), spec, layer) - shift
-                )
-            full[source] = _spread(small, pruning, spec, layer)
-        return full
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights that are left, as those of a whole network, on the CPU."""
+        present = {n: p.detach().cpu() for n, p in self.masked.model.named_parameters()}
+        if self._pruning is not None:
+            for name, (_, spec, layer) in self._pruning.tensors().items():
+                present[name] = _unfold(present[name], self._pruning, spec, layer)
+        return self._full(present)
 
-    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-        """Adam's moments of the present network at full size."""
-        named = dict(self.masked.model.named_parameters())
+    def _full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the present network's names, at full size and by the whole one's names."""
+        pruning = self._pruning
+        if pruning is None:
+            return dict(tensors)
         return {
-            key: self._full(
-                {n: optimizer.state[p][key] for n, p in named.items() if p in optimizer.state},
-                False,
-            )
-            for key in MOMENTS
+            source: _spread(tensors[name], pruning, spec, layer)
+            for name, (source, spec, layer) in pruning.tensors().items()
+            if name in tensors
         }
 
     def _hand_over(
-        self,
-        optimizer: torch.optim.Optimizer,
-        old: nn.Module,
-        moments: Mapping[str, Mapping[str, Tensor]],
-        pruning: Pruning,
+        self, optimizer: torch.optim.Optimizer, small: nn.Module, pruning: Pruning
     ) -> None:
-        """Lets the optimizer go on with the new network's parameters."""
-        gone = set(old.parameters())
-        steps = [optimizer.state[p]["step"] for p in gone if p in optimizer.state]
+        """Lets the optimizer go on, with Adam's moments, in a network that follows the present."""
+        named = dict(self.masked.model.named_parameters())
+        states = {n: optimizer.state.pop(p) for n, p in named.items() if p in optimizer.state}
+        moments = {
+            key: self._full({name: state[key].cpu() for name, state in states.items()})
+            for key in MOMENTS
+        }
+        steps = [state["step"] for state in states.values()]  # all the same
         for name, (source, spec, layer) in pruning.tensors().items():
-            parameter = self.masked.model.get_parameter(name)
-            if steps and source in moments[MOMENTS[0]]:
-                cut = {
-                    key: _cut(moments[key][source], pruning, spec, layer).to(parameter.device)
-                    for key in MOMENTS
+            parameter = small.get_parameter(name)
+            if source in moments[MOMENTS[0]]:
+                optimizer.state[parameter] = {
+                    "step": steps[0].clone(),
+                    **{
+                        key: _cut(full[source], pruning, spec, layer).to(parameter.device)
+                        for key, full in moments.items()
+                    },
                 }
-                optimizer.state[parameter] = {"step": steps[0].clone(), **cut}
+        gone = set(named.values())
         for group in optimizer.param_groups:
             if gone & set(group["params"]):
-                new = self.masked.model.parameters()
-                group["params"] = [parameter for parameter in new if parameter.requires_grad]
-        for parameter in gone:
-            optimizer.state.pop(parameter, None)
+                group["params"] = [p for p in small.parameters() if p.requires_grad]
 
 
 def _all(keep: Keep) -> dict[str, Tensor]:
@@ -247,3 +234,9 @@ def _spread(small: Tensor, pruning: Pruning, spec: TensorSpec, layer: int | None
         shape[index] = dim.size
         small = torch.zeros(shape).index_copy(index, pruning.entries(dim, layer), small)
     return small
+
+
+def _unfold(weight: Tensor, pruning: Pruning, spec: TensorSpec, layer: int | None) -> Tensor:
+    """What `Pruning.fold`, which is affine in every entry, made this of."""
+    shift = pruning.fold(torch.zeros_like(weight), spec, layer)
+    return (weight - shift) / (pruning.fold(torch.ones_like(weight), spec, layer) - shift)

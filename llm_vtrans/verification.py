@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
+from llm_vtrans.manifest import score_of_stages
 from llm_vtrans.output_folder import MANIFEST_FILE
 from llm_vtrans.per_layer_modeling import auto_class_of
 from llm_vtrans.tasks import Task, make_task
@@ -164,9 +165,7 @@ def check_parameters(subject: Subject) -> Iterator[str]:
     stored = sum(torch.Size(i.shape).numel() for i in subject.checkpoint.tensors.values())
     if stored != stated:
         yield f"{stored:,} parameters are stored, the manifest states {stated:,}"
-    budget = subject.manifest.get("budget", {})
-    if budget.get("kind") == "params" and stored > budget["target"]:
-        yield f"{stored:,} parameters exceed the budget of {budget['target']:,}"
+    yield from _beyond_budget(subject, "params", stored)
 
 
 def check_macs(subject: Subject) -> Iterator[str]:
@@ -184,9 +183,14 @@ def check_macs(subject: Subject) -> Iterator[str]:
         model.eval()(tokens)
     if counter.get_total_flops() != 2 * stated:
         yield f"{counter.get_total_flops() // 2:,} are counted, the manifest states {stated:,}"
+    yield from _beyond_budget(subject, "MACs", stated)
+
+
+def _beyond_budget(subject: Subject, kind: str, count: int) -> Iterator[str]:
+    """A finding for every budget of a kind that a count is above."""
     for budget in (subject.manifest["budget"], *subject.manifest.get("also", ())):
-        if budget["kind"] == "MACs" and stated > budget["target"]:
-            yield f"{stated:,} exceed the budget of {budget['target']:,}"
+        if budget["kind"] == kind and count > budget["target"]:
+            yield f"{count:,} {kind} exceed the budget of {budget['target']:,}"
 
 
 def check_loads(subject: Subject) -> Iterator[str]:
@@ -206,7 +210,7 @@ def check_perplexity(subject: Subject) -> Iterator[str]:
         Skipped: the text is not to be had here, or the run measured something else.
     """
     manifest = subject.manifest
-    entry = manifest.get("perplexity") or manifest.get("score") or {}
+    entry = score_of_stages(manifest)
     stated = entry.get("pruned")
     if stated is None:
         raise Skipped("the manifest states none")
@@ -258,7 +262,6 @@ CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
     "loads": check_loads,
     "perplexity": check_perplexity,
 }
-QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")  # those that load no model
 
 
 def verify(subject: Subject, names: tuple[str, ...] = tuple(CHECKS)) -> Iterator[Finding]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eval.baselines.network import (
-    PRUNABLE,
     Importances,
     Network,
     input_axis,
@@ -26,7 +25,7 @@ from eval.baselines.network import (
 from eval.baselines.ranking import joint_ranks
 from llm_vtrans.export import Pruning
 from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.families.base import Stream
+from llm_vtrans.families.base import UNIT_AXES, Stream
 
 
 def fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def importance(network: Network, seed: int) -> Importances:
     The paper prunes no hidden dimension. Here one gathers the fluctuations of all matrices that
     read it, each divided by its matrix's mean.
     """
-    totals = zeros(network.architecture, *PRUNABLE)
+    totals = zeros(network.architecture, *UNIT_AXES)
     for name, (spec, layer) in network.matrices().items():
         axis = input_axis(spec)
         if axis is None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.families.base import Stream, TensorSpec
+from llm_vtrans.families.base import UNIT_AXES, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
 from llm_vtrans.loading import Source, load_model
 from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
@@ -166,9 +166,6 @@ def output_by_input(weight: Tensor, spec: TensorSpec) -> Tensor:
     return (weight if dim == 1 else weight.T).double().cpu()
 
 
-PRUNABLE = (Axis.HIDDEN, Axis.HEADS, Axis.FFN)
-
-
 def per_unit(values: Tensor, num_units: int) -> Tensor:
     """Sums consecutive entries `(num_units * width,)` into `(num_units,)`."""
     return values.reshape(num_units, -1).sum(1)
@@ -194,7 +191,7 @@ def sum_over_groups(
         architecture: says which dimension of which tensor belongs to which structure.
         saliency: parameter name -> one value per weight, in the parameter's shape.
     """
-    totals = zeros(architecture, *PRUNABLE)
+    totals = zeros(architecture, *UNIT_AXES)
     for name, (spec, layer) in architecture.named_tensors().items():
         values = saliency(name).double().cpu()
         for dim, labelled in enumerate(spec.dims):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from eval.baselines.network import PRUNABLE, Importances, Network, zeros
+from eval.baselines.network import Importances, Network, zeros
+from llm_vtrans.families.base import UNIT_AXES
 
 
 def importance(network: Network, seed: int) -> Importances:
@@ -12,5 +13,5 @@ def importance(network: Network, seed: int) -> Importances:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(empty.shape, generator=generator, dtype=torch.float64)
-        for name, empty in zeros(network.architecture, *PRUNABLE).items()
+        for name, empty in zeros(network.architecture, *UNIT_AXES).items()
     }

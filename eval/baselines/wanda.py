@@ -10,7 +10,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from eval.baselines.network import (
-    PRUNABLE,
     Importances,
     Network,
     input_axis,
@@ -19,7 +18,7 @@ from eval.baselines.network import (
     zeros,
 )
 from llm_vtrans.families import Axis
-from llm_vtrans.families.base import Stream
+from llm_vtrans.families.base import UNIT_AXES, Stream
 
 
 def saliency(weight: Tensor, norms: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def importance(network: Network, seed: int) -> Importances:
     The paper prunes no hidden dimension. Here one gathers the saliencies of all matrices that
     share it, each divided by its matrix's mean so that none outweighs the others by scale.
     """
-    totals = zeros(network.architecture, *PRUNABLE)
+    totals = zeros(network.architecture, *UNIT_AXES)
     for name, (spec, layer) in network.matrices().items():
         values = saliency(output_by_input(network.weight(name), spec), network.moments[name].norm)
         axis = input_axis(spec)

@@ -92,13 +92,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def build_model(
-    family: str, flags: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
-) -> PreTrainedModel:
-    """A freshly initialised float32 model for this tokenizer."""
-    kind = KINDS[family]
+def build_model(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A freshly initialised float32 model of these sizes for this tokenizer."""
+    kind = KINDS[flags.family]
     config = AutoConfig.for_model(
-        family,
+        flags.family,
         vocab_size=len(tokenizer),
         hidden_size=flags.hidden_size,
         num_hidden_layers=flags.num_layers,

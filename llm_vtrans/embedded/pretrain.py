@@ -177,7 +177,7 @@ def pretrain(settings: argparse.Namespace) -> None:
     if len(tokens) <= settings.seq_len:
         raise UserError(f"the text has {len(tokens)} tokens, fewer than --seq-len; give more text")
     loss_of = partial(kind.loss, tokenizer=tokenizer)
-    model = build_model(settings.family, settings, tokenizer)
+    model = build_model(settings, tokenizer)
     parameters = model.num_parameters()
     batch_tokens = settings.batch_size * settings.seq_len
     steps = math.ceil(settings.tokens_per_parameter * parameters / batch_tokens)

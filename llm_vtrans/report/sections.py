@@ -6,6 +6,7 @@ import math
 from html import escape
 from typing import Any
 
+from llm_vtrans.manifest import score_of_stages
 from llm_vtrans.report.charts import bar_chart, xy_chart
 from llm_vtrans.report.drawing import Series, data_table, number
 from llm_vtrans.report.page import charts, text_table
@@ -41,11 +42,6 @@ def headline_rows(record: RunRecord) -> list[tuple[str, float, float, str]]:
                 better = {True: "higher", False: "lower"}.get(columns["higher_is_better"], "")
                 rows.append((f"{task}, {metric}", dense["value"], pruned["value"], better))
     return rows
-
-
-def score_of_stages(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The headline score after each stage and its protocol: perplexity, or a task's own."""
-    return manifest.get("perplexity") or manifest.get("score") or {}
 
 
 def headline_name(manifest: dict[str, Any]) -> str:

@@ -24,11 +24,11 @@ from llm_vtrans.preemption import Preemption
 from llm_vtrans.publishing import publish
 from llm_vtrans.report.command import report
 from llm_vtrans.report.record import RunRecord
-from llm_vtrans.verification import QUICK_CHECKS, Subject, verify
+from llm_vtrans.verification import Subject, verify
 from tests.faults.conftest import Tally
 from tests.faults.guard import confined, outcome
 from tests.faults.mutations import counts, damaged_bytes, damaged_json, fuzz
-from tests.runs import flags
+from tests.runs import QUICK_CHECKS, flags
 from tests.tiny import save_tiny, tiny_model
 
 CPU = torch.device("cpu")

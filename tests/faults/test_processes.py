@@ -17,11 +17,11 @@ from llm_vtrans import ranks
 from llm_vtrans.command import INTERRUPTED, PREEMPTED, USER_ERROR
 from llm_vtrans.errors import Preempted, blame
 from llm_vtrans.preemption import Preemption
-from llm_vtrans.verification import QUICK_CHECKS, Subject, verify
+from llm_vtrans.verification import Subject, verify
 from tests.faults.conftest import Tally
 from tests.faults.forks import Fork, Moment, fork, fork_ranks
 from tests.integration.test_resume import hashes
-from tests.runs import flags, write_inputs
+from tests.runs import QUICK_CHECKS, flags, write_inputs
 
 PHASES = ("start", "calibration", "load", "rotate", "search", "allocate", "tune", "export", "score")
 SIGNALS = (SIGKILL, SIGTERM, SIGINT)

@@ -13,6 +13,7 @@ from llm_vtrans.arguments import parse
 from llm_vtrans.choosing import hard_gates
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.job import Job
+from llm_vtrans.manifest import score_of_stages
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.prune import prune
 from llm_vtrans.verification import Subject, verify
@@ -141,9 +142,7 @@ def check_resumed(
 
 
 def scores(folder: Path) -> dict[str, float]:
-    manifest = json.loads((folder / "out" / "vtrans.json").read_text())
-    found: dict[str, float] = manifest.get("perplexity") or manifest["score"]
-    return found
+    return score_of_stages(json.loads((folder / "out" / "vtrans.json").read_text()))
 
 
 def test_its_masks_serve_no_other_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

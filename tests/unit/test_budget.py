@@ -17,14 +17,8 @@ from llm_vtrans.budget import (
     parameter_cost,
 )
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
-from llm_vtrans.masks import VIBMasks, keep_probability
-from llm_vtrans.search import (
-    INITIAL_LOG_VAR,
-    SHARPNESS,
-    initial_shapes,
-    sharpness_at,
-    target_at,
-)
+from llm_vtrans.masks import SHARPNESS, VIBMasks, keep_probability
+from llm_vtrans.search import INITIAL_LOG_VAR, initial_shapes, sharpness_at, target_at
 from tests.tiny import CONFIGS, tiny_model
 
 ALL = ("hidden", "heads", "ffn", "layers")

@@ -43,7 +43,6 @@ class Case:
         budget = Budget("params", int((1 - sparsity) * dense), dense)
         self.problem = Problem(self.architecture, cost, budget, 1, False)
         model = load_model(self.source, torch.float32, torch.device("cpu"), self.architecture)
-        train_weights(model, self.architecture, self.rotates)
         self.model = model
         self.masked = MaskedModel(model, self.architecture)
         train_weights(model, self.architecture, self.rotates)
