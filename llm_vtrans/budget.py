@@ -52,13 +52,7 @@ class Cost:
 
     def of(self, shape: Shape) -> int:
         """Exact cost of a finished shape; a sub-layer without units is gone and costs nothing."""
-        layers = sum(
-            int(self.part(part, shape.hidden, units, shape.head_dim))
-            for part in Sublayer
-            for units in shape.units(part)
-            if units
-        )
-        return int(self.outside(shape.hidden)) + layers
+        return sum(self.split(shape).values())
 
     def split(self, shape: Shape) -> dict[str, int]:
         """Cost of a finished shape by part of the network: `embeddings`, `attention`, `ffn`.
@@ -67,7 +61,9 @@ class Cost:
         """
         layers = {
             part.value: sum(
-                int(self.part(part, shape.hidden, units)) for units in shape.units(part) if units
+                int(self.part(part, shape.hidden, units, shape.head_dim))
+                for units in shape.units(part)
+                if units
             )
             for part in Sublayer
         }

@@ -107,7 +107,8 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     args, source, shape = job.args, job.source, job.plan.shape
     written = Checkpoint.open(folder)
     num_written = sum(torch.Size(info.shape).numel() for info in written.tensors.values())
-    num_params = parameter_cost(job.architecture).of(shape)
+    params = parameter_cost(job.architecture)
+    num_params = params.of(shape)
     assert num_written == num_params, (num_written, num_params)
     dense = dense_shape(source.architecture)
     dense_cost = parameter_cost(source.architecture)
@@ -136,7 +137,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         "also": budgets[1:],
         "kept": kept_units(shape),
         "units": {axis.value: n for axis, n in job.architecture.num_units.items()},
-        "parts": _by_part(dense_cost.split(dense), job.problem.cost.split(shape)),
+        "parts": _by_part(dense_cost.split(dense), params.split(shape)),
         "mac_parts": _by_part(dense_macs.split(dense), job.macs.split(shape)),
         "layout": args.layout,
         "rotation": "pca" if job.rotation is not None else "none",

@@ -27,6 +27,15 @@ def test_other_budget_and_layout_from_the_same_masks(
     budget = json.loads((second / "vtrans.json").read_text())["budget"]
     assert budget["achieved"] <= budget["target"] == int(0.4 * budget["dense"])
 
+    compute = [*given, "--masks", str(first), "--macs", "0.5", "--output", str(tmp_path / "macs")]
+    assert run_command(prune, compute) == 0
+    manifest = json.loads((tmp_path / "macs" / "vtrans.json").read_text())
+    assert manifest["budget"]["kind"] == "MACs"
+    for parts, total in (("parts", "params"), ("mac_parts", "macs")):
+        for when in ("before", "after"):
+            counted = sum(part[when] for part in manifest[parts].values())
+            assert counted == manifest[total][when]
+
     other = [*reuse, "--prune", "hidden,ffn", "--output", str(tmp_path / "third")]
     assert run_command(prune, other) == 2
     assert "give the same" in capsys.readouterr().err

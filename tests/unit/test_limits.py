@@ -92,6 +92,7 @@ def test_the_tighter_budget_is_met(
     for limit in problem.limits:
         budget = limit.budget
         assert found[budget.kind] == limit.cost.of(plan.shape) <= budget.target
+        assert sum(limit.cost.split(plan.shape).values()) == found[budget.kind]
         if budget.kind == binding:
             assert budget.target - found[budget.kind] <= 1e-3 * budget.target
 
