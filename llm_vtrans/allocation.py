@@ -179,7 +179,7 @@ def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -
     if "layers" not in scores or int(present[1:].sum()) == 0:
         check_reachable(problem, frozenset(scores))
         raise UserError(
-            f"budget of {problem.budget.target:,} {problem.budget.kind} is unreachable for these "
+            f"budget of {problem.budget.text(problem.budget.target)} is unreachable for these "
             "masks: lower --sparsity or train with more structures in --prune"
         )
     left = scores["layers"].expand(present.shape).masked_fill(~present, torch.inf).clone()
@@ -197,7 +197,10 @@ def _benefits(scores: Mapping[str, Tensor], problem: Problem) -> dict[str, Tenso
     """
     variables = {n: s.clone().requires_grad_() for n, s in scores.items()}
     shares = [limit.cost.expected(variables) / limit.budget.dense for limit in problem.limits]
-    gradients = torch.autograd.grad(torch.stack(shares).sum(), list(variables.values()))
+    gradients = torch.autograd.grad(
+        torch.stack(shares).sum(), list(variables.values()),
+        allow_unused=True, materialize_grads=True,  # a time may not depend on all structures
+    )  # fmt: skip
     return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
 
 

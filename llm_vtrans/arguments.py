@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.latency import Pass
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params", "budgets")  # they exclude each other
@@ -70,8 +71,7 @@ class PruneArguments:
     finetune_learning_rate: float = _option(5e-5, "Largest learning rate of --finetune-first.")
     sparsity: float | None = _option(
         None,
-        "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless --params or --macs is "
-        "given.",
+        "Share of ALL parameters to remove, in (0, 1). Default 0.5 unless another budget is given.",
     )
     params: str | None = _option(None, "Parameters to keep at most, such as 3.4B or 4200000.")
     budgets: str | None = _option(
@@ -83,6 +83,17 @@ class PruneArguments:
         None,
         "Multiply-accumulates of one sequence of --seq-len tokens to keep at most: a share of the "
         "dense model's below 1, or a number such as 1.2T. With --sparsity or --params both hold.",
+    )
+    latency_ms: float | None = _option(
+        None,
+        "Milliseconds that a pass of the pruned model may take on this device. With --sparsity, "
+        "--params or --macs all hold.",
+    )
+    latency_shape: str | None = _option(
+        None,
+        "The pass of --latency-ms: prefill:BxS, a forward pass of B sequences of S tokens, or "
+        "decode:B, one new token for each of B, the last of --seq-len. Default: prefill:1x and "
+        "--seq-len.",
     )
     variant: str = _option(
         "faster",
@@ -142,8 +153,10 @@ class PruneArguments:
     seed: int = _option(0, "Seed of masks, noise and data order.")
     learning_rate: float = _option(0.1, "Learning rate of the masks, decaying linearly to zero.")
     kl_weight: float = _option(1e-6, "Weight of the masks' KL terms.")
-    round_to: int | None = _option(
-        None, "Multiple that pruned dimensions are rounded to. Default 1 on CPU, 64 on GPU."
+    round_to: str | None = _option(
+        None,
+        "Multiple that pruned dimensions are rounded to, or auto: the smallest that costs no speed "
+        "on this device, measured. Default 1 on CPU, 64 on GPU.",
     )
     layout: str = _option(
         "stock",
@@ -204,7 +217,7 @@ class PruneArguments:
         given = [f"--{name}" for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
-        if not given and self.macs is None:
+        if not given and self.macs is None and self.latency_ms is None:
             self.sparsity = 0.5
         for removed in (self.sparsity, *self.shares()):
             if removed is not None and not 0 < removed < 1:
@@ -227,8 +240,12 @@ class PruneArguments:
             raise UserError(f"--seed must be below 2**32, got {self.seed}")
         if self.seq_len is not None:
             self._at_least("seq_len", 2)
-        if self.round_to is not None:
-            self._at_least("round_to", 1)
+        self.multiple()
+        if self.latency_ms is None and self.latency_shape is not None:
+            raise UserError(f"--latency-shape {self.latency_shape} belongs to --latency-ms: add it")
+        if self.latency_ms is not None and not 0 < self.latency_ms < float("inf"):
+            raise UserError(f"--latency-ms must be positive, got {self.latency_ms}")
+        Pass.parse(self.latency_shape, 1)
         for name in ("tune_share", "token_noise", "own_words"):
             if not 0 <= getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -330,6 +347,14 @@ class PruneArguments:
         """Sequences per optimizer step over all ranks, once `filled`."""
         return self.batch_size * self.gradient_accumulation * num_ranks
 
+    def multiple(self) -> int | None:
+        """The number of --round-to; None where it depends on the device."""
+        if self.round_to in (None, "auto"):
+            return None
+        if not str(self.round_to).isdecimal() or not int(str(self.round_to)):
+            raise UserError(f"--round-to {self.round_to}: expected a number from 1 on, or auto")
+        return int(str(self.round_to))
+
     def structures(self) -> tuple[str, ...]:
         """The structures to prune, in canonical order."""
         names = [name.strip() for name in self.prune.split(",") if name.strip()]
@@ -383,6 +408,7 @@ class PruneArguments:
         share = f"{self.sparsity:g}" if self.sparsity else None
         budget = [self.params or self.budgets or share]
         budget += [f"{self.macs}macs"] if self.macs else []
+        budget += [f"{self.latency_ms:g}ms"] if self.latency_ms else []
         return Path("runs") / "-".join([Path(self.model).name, *filter(None, budget)])
 
 

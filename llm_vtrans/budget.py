@@ -23,32 +23,19 @@ DAMPING = 100.0  # nats per squared share of the budget
 Monomials = Mapping[tuple[Axis, ...], int]  # axes multiplied together, in order -> coefficient
 
 
-@dataclass(frozen=True)
 class Cost:
-    """A count that is a sum of products of kept units.
+    """What a network costs: outside the layers, and a part in each sub-layer that stays.
 
-    Attributes:
-        outer: terms outside the layers.
-        parts: terms of one sub-layer, the same in each layer that keeps it.
-        head_dim: dimensions of a head unless a shape says otherwise.
+    A part grows linearly with the units that the sub-layer keeps.
     """
-
-    outer: Monomials
-    parts: Mapping[Sublayer, Monomials]
-    head_dim: int | None = None
 
     def outside(self, hidden: Any) -> Any:
         """Cost outside the layers for `hidden` kept dimensions (number or tensor)."""
-        return _evaluate(self.outer, {Axis.HIDDEN: hidden})
+        raise NotImplementedError
 
     def part(self, sublayer: Sublayer, hidden: Any, units: Any, head_dim: Any = None) -> Any:
         """Cost of one sub-layer with `units` kept heads or FFN units (numbers or tensors)."""
-        counts = {
-            Axis.HIDDEN: hidden,
-            UNIT_AXIS[sublayer]: units,
-            Axis.HEAD_DIM: self.head_dim if head_dim is None else head_dim,
-        }
-        return _evaluate(self.parts[sublayer], counts)
+        raise NotImplementedError
 
     def of(self, shape: Shape) -> int:
         """Exact cost of a finished shape; a sub-layer without units is gone and costs nothing."""
@@ -86,6 +73,34 @@ class Cost:
                 units = _power_mean(units, present)
             total = total + (present * self.part(part, hidden, units)).sum()
         return total
+
+
+@dataclass(frozen=True)
+class Count(Cost):
+    """A count that is a sum of products of kept units.
+
+    Attributes:
+        outer: terms outside the layers.
+        parts: terms of one sub-layer, the same in each layer that keeps it.
+        head_dim: dimensions of a head unless a shape says otherwise.
+    """
+
+    outer: Monomials
+    parts: Mapping[Sublayer, Monomials]
+    head_dim: int | None = None
+
+    def outside(self, hidden: Any) -> Any:
+        """As `Cost.outside`, exact for integers."""
+        return _evaluate(self.outer, {Axis.HIDDEN: hidden})
+
+    def part(self, sublayer: Sublayer, hidden: Any, units: Any, head_dim: Any = None) -> Any:
+        """As `Cost.part`, exact for integers."""
+        counts = {
+            Axis.HIDDEN: hidden,
+            UNIT_AXIS[sublayer]: units,
+            Axis.HEAD_DIM: self.head_dim if head_dim is None else head_dim,
+        }
+        return _evaluate(self.parts[sublayer], counts)
 
 
 def _power_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -128,7 +143,7 @@ def parameter_cost(architecture: Architecture) -> Cost:
     for spec in architecture.tensors:
         axes, coefficient = _monomial(architecture, spec.dims)
         (outer if spec.sublayer is None else parts[spec.sublayer])[axes] += coefficient
-    return Cost(outer, parts, architecture.head_dim)
+    return Count(outer, parts, architecture.head_dim)
 
 
 def mac_cost(architecture: Architecture, seq_len: int) -> Cost:
@@ -150,7 +165,7 @@ def mac_cost(architecture: Architecture, seq_len: int) -> Cost:
             heads = (dim for dim in spec.dims if dim.axis is Axis.HEADS)
             axes, width = _monomial(architecture, heads)
             parts[Sublayer.ATTENTION][axes] += 2 * seq_len**2 * width
-    return Cost(outer, parts, architecture.head_dim)
+    return Count(outer, parts, architecture.head_dim)
 
 
 def dense_shape(architecture: Architecture) -> Shape:
@@ -164,7 +179,7 @@ class Budget:
     """What the pruned model may cost at most.
 
     Attributes:
-        kind: `params` or `MACs`.
+        kind: `params`, `MACs` or `ns`, the nanoseconds of a pass.
         target: largest allowed cost.
         dense: cost of the dense model.
     """
@@ -172,6 +187,10 @@ class Budget:
     kind: str
     target: int
     dense: int
+
+    def text(self, cost: int) -> str:
+        """A cost of this kind for people."""
+        return f"{cost / 1e6:,.3f} ms" if self.kind == "ns" else f"{cost:,} {self.kind}"
 
     @property
     def sparsity(self) -> float:

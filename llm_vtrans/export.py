@@ -41,6 +41,7 @@ from llm_vtrans.families.base import (
 )
 from llm_vtrans.loading import stored_name
 from llm_vtrans.rotation import Basis, select_hidden
+from llm_vtrans.shaped import shaped_config
 from llm_vtrans.shard_writer import ShardWriter
 from llm_vtrans.tuning import INPUT, OUTPUT, scale_name
 
@@ -259,16 +260,12 @@ def export_config(
     Raises:
         UserError: the stock layout cannot express the shape.
     """
-    dense = config.to_dict()
-    for key in ("_name_or_path", "auto_map"):  # code of the dense model's folder is not taken over
-        dense.pop(key, None)
-    dense["tie_word_embeddings"] = pruning.architecture.tied_head is not None
+    written = shaped_config(family, config, pruning.architecture, pruning.plan.shape, is_uniform)
     stored = {info.dtype for info in pruning.source.tensors.values()}
-    written = pruning.dtype or (stored.pop() if len(stored) == 1 else None)
-    if written is not None:  # the dense config may say otherwise: what is written counts
-        dense["dtype"] = str(written).removeprefix("torch.")
-    write = family.stock_config if is_uniform else family.per_layer_config
-    return write(dense, pruning.plan.shape)
+    dtype = pruning.dtype or (stored.pop() if len(stored) == 1 else None)
+    if dtype is not None:  # the dense config may say otherwise: what is written counts
+        written["dtype"] = str(dtype).removeprefix("torch.")
+    return written
 
 
 def export_model(

@@ -21,8 +21,10 @@ from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.families import Shape
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.latency import forward_ms
+from llm_vtrans.latency_cost import choose_in_time, corrected
 from llm_vtrans.loading import Weights, fill_model, load_model
 from llm_vtrans.manifest import (
     dtype_name,
@@ -35,7 +37,6 @@ from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis, oblique_basis
 from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.preparation import Prepared
-from llm_vtrans.problem import Problem
 from llm_vtrans.quantised import FULL
 from llm_vtrans.recording import result_line, write_record
 from llm_vtrans.recovering import recover_checkpoint
@@ -229,6 +230,8 @@ class Job(Prepared):
         with self.reporter.phase("allocate"):
             if self.saved is not None:
                 self._recall(extra_tensors(self.saved[1]))
+                if self.stopwatch is not None:
+                    self.problem = corrected(self.problem, self.plan.shape, self._nanoseconds)
                 return
             oblique = None
             if self.uses_rotation:
@@ -236,17 +239,26 @@ class Job(Prepared):
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
             chooser = self.chooser(oblique)
 
-            def best(problem: Problem, name: str) -> PrunePlan:
-                plan = chooser.choose(problem)
+            def measure(plan: PrunePlan, name: str) -> None:
                 chooser.use(plan)
                 self.perplexity[name] = self._heldout(self.masked.model)
-                return plan
 
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
-                best(other, "other_layout")
-            self.plan = best(self.problem, "hardened")
+                measure(chooser.choose(other), "other_layout")
+            if self.stopwatch is None:
+                self.plan = chooser.choose(self.problem)
+            else:
+                self.plan, self.problem = choose_in_time(
+                    self.problem, chooser.choose, self._nanoseconds
+                )
+            measure(self.plan, "hardened")
             self.masked.set_gates(None)
+
+    def _nanoseconds(self, shape: Shape) -> float:
+        """What a network of this shape takes in the run's layout, where time is a budget."""
+        assert self.stopwatch is not None
+        return self.stopwatch.nanoseconds(shape, self.problem.is_uniform)
 
     def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
         """Compares plans by what they lose on examples of the run."""
@@ -406,6 +418,9 @@ class Job(Prepared):
             (batch,) = example.batches(1, self.accelerator.device)
             measure = f"ms for {batch['input_ids'].numel()} tokens"
             self.latency.setdefault(measure, {})[name] = forward_ms(model, inputs_of(batch))
+            if self.stopwatch is not None:
+                timed = self.stopwatch.timed
+                self.latency.setdefault(f"ms for {timed}", {})[name] = timed.milliseconds(model)
 
     def summarise(self) -> None:
         """Prints the table of dense against pruned and where the result lies."""

@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget import Budget, Limit, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
-from llm_vtrans.families import Architecture
+from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
+from llm_vtrans.latency import Pass
+from llm_vtrans.latency_cost import AIM, table_sizes
 from llm_vtrans.loading import Source, load_tokenizer
+from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.problem import Problem
 from llm_vtrans.rotation import rotated_architecture
+from llm_vtrans.rounding import best_multiple
+from llm_vtrans.stopwatch import Stopwatch
 from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.training import TrainingSettings
@@ -35,23 +41,67 @@ def rotates(args: PruneArguments, source: Source) -> bool:
     return is_wanted and "hidden" in args.structures()
 
 
-def make_problem(args: PruneArguments, source: Source, device: torch.device) -> Problem:
-    """Budgets, rounding and layout of a run.
+def compute_dtype(args: PruneArguments, device: torch.device) -> torch.dtype:
+    """What the model computes in."""
+    if args.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, args.dtype)
+        return dtype
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def pruned_architecture(args: PruneArguments, source: Source) -> Architecture:
+    """The table of what is pruned: after rotation, if there is one."""
+    architecture = source.architecture
+    return rotated_architecture(architecture) if rotates(args, source) else architecture
+
+
+def make_stopwatch(args: PruneArguments, source: Source, device: torch.device) -> Stopwatch | None:
+    """Times networks for `--latency-ms`; None without it.
 
     Raises:
-        UserError: `--params` or `--macs` is not below the model's own count.
+        UserError: a pass that the model does not have.
     """
-    architecture = source.architecture
-    if rotates(args, source):
-        architecture = rotated_architecture(architecture)
-    first, *more = [*_params_limit(args, source, architecture), *_macs_limit(args, source)]
+    if args.latency_ms is None:
+        return None
+    timed = Pass.parse(args.latency_shape, window_length(args, source))
+    longest = source.architecture.max_positions
+    if timed.seq_len > longest:
+        raise UserError(f"--latency-shape {timed}: the model's context is {longest} tokens")
+    if timed.is_decode and AUTO_CLASSES[head_of(source.config)] != AUTO_CLASSES["ForCausalLM"]:
+        raise UserError(f"--latency-shape {timed}: this model does not generate; give prefill:BxS")
+    if timed.is_decode and timed.seq_len < 2:
+        raise UserError(f"--latency-shape {timed}: has no context; give --seq-len 2 or more")
+    if is_deepspeed_zero3_enabled():
+        raise UserError("--latency-ms: ZeRO-3 slices what is timed; use another launch file")
+    architecture = pruned_architecture(args, source)
+    return Stopwatch(source, architecture, timed, compute_dtype(args, device), device)
+
+
+def make_problem(
+    args: PruneArguments, source: Source, device: torch.device, stopwatch: Stopwatch | None = None
+) -> Problem:
+    """Budgets, rounding and layout of a run.
+
+    Args:
+        args: checked options.
+        source: the dense checkpoint.
+        device: that the run computes on.
+        stopwatch: by `make_stopwatch`, for a budget of time.
+
+    Raises:
+        UserError: a budget that is not below what the model needs.
+    """
+    architecture = pruned_architecture(args, source)
+    round_to = args.multiple() or (64 if device.type == "cuda" else 1)
+    if args.round_to == "auto":
+        round_to = best_multiple(device, compute_dtype(args, device))
+    first, *more = [
+        *_params_limit(args, source, architecture),
+        *_macs_limit(args, source),
+        *_latency_limit(args, stopwatch, round_to),
+    ]
     return Problem(
-        architecture,
-        first.cost,
-        first.budget,
-        args.round_to or (64 if device.type == "cuda" else 1),
-        args.layout == "stock",
-        tuple(more),
+        architecture, first.cost, first.budget, round_to, args.layout == "stock", tuple(more)
     )
 
 
@@ -80,6 +130,25 @@ def _macs_limit(args: PruneArguments, source: Source) -> Iterator[Limit]:
     if not 0 < target < dense:
         raise UserError(f"--macs {args.macs}: the model needs {dense:,}, give a smaller number")
     yield Limit(cost, Budget("MACs", target, dense))
+
+
+def _latency_limit(
+    args: PruneArguments, stopwatch: Stopwatch | None, round_to: int
+) -> Iterator[Limit]:
+    """The limit of `--latency-ms`, if it is given; what it costs is measured here."""
+    if stopwatch is None or args.latency_ms is None:
+        return
+    architecture = stopwatch.architecture
+    size = architecture.num_units[Axis.HIDDEN]
+    is_pruned = Axis.HIDDEN in args.structures()
+    cost = stopwatch.table(table_sizes(size, round_to) if is_pruned else [size])
+    budget = Budget("ns", int(AIM * 1e6 * args.latency_ms), cost.of(dense_shape(architecture)))
+    if budget.target >= budget.dense:
+        raise UserError(
+            f"--latency-ms {args.latency_ms:g}: the model takes {budget.text(budget.dense)} "
+            f"({stopwatch.timed}), give a smaller number"
+        )
+    yield Limit(cost, budget)
 
 
 def dense_params(source: Source) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -21,8 +22,10 @@ from llm_vtrans.loading import Source, open_source
 from llm_vtrans.manifest import dtype_name
 from llm_vtrans.output_folder import OutputFolder
 from llm_vtrans.planning import (
+    compute_dtype,
     dense_params,
     make_problem,
+    make_stopwatch,
     rotates,
     task_data,
     training_settings,
@@ -37,6 +40,7 @@ from llm_vtrans.recovering import check_recoverable, check_recovery
 from llm_vtrans.recovery_training import default_steps
 from llm_vtrans.reporting import Reporter
 from llm_vtrans.run_state import STATE_FILE, STATE_FOLDER, read_state
+from llm_vtrans.stopwatch import Stopwatch
 from llm_vtrans.tasks import Task
 from llm_vtrans.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.trained_weights import BYTES_PER_PARAMETER, check_trainable
@@ -58,6 +62,7 @@ class Prepared:
         data: the task with its examples.
         output: the result's folder.
         preemption: tells when a signal asks the run to go.
+        stopwatch: times networks, where there is a budget of time.
         saved: step and tensors of the unfinished run to continue.
     """
 
@@ -71,6 +76,7 @@ class Prepared:
     data: Task
     output: OutputFolder
     preemption: Preemption
+    stopwatch: Stopwatch | None = None
     saved: tuple[int, dict[str, Tensor]] | None = None
 
     @classmethod
@@ -100,7 +106,9 @@ class Prepared:
         check_recoverable(args, source)
         seq_len = window_length(args, source)
         args = args.filled(seq_len, accelerator.num_processes)
-        problem = make_problem(args, source, accelerator.device)
+        stopwatch = make_stopwatch(args, source, accelerator.device)
+        with reporter.phase("timing") if stopwatch else nullcontext():
+            problem = make_problem(args, source, accelerator.device, stopwatch)
         check_reachable(problem, frozenset(args.structures()))
         trained = BYTES_PER_PARAMETER * dense_params(source) if args.trains_weights else 0
         output.require_space(2 * source.checkpoint.num_bytes + trained)
@@ -109,7 +117,7 @@ class Prepared:
         settings = training_settings(args, accelerator.num_processes)
         job = cls(
             args, accelerator, reporter, source, problem.architecture, problem, settings, data,
-            output, preemption,
+            output, preemption, stopwatch,
         )  # fmt: skip
         job.saved = job._saved_state()
         reporter.num_steps = settings.num_steps + job.recovery_steps
@@ -141,7 +149,8 @@ class Prepared:
         """Prints what is going to happen."""
         args = self.args
         aims = " and ".join(
-            f"from {limit.budget.dense:,} to at most {limit.budget.target:,} {limit.budget.kind} "
+            f"from {limit.budget.text(limit.budget.dense)} to at most "
+            f"{limit.budget.text(limit.budget.target)} "
             f"({100 * limit.budget.sparsity:.1f}% less)"
             for limit in self.problem.limits
         )
@@ -178,9 +187,7 @@ class Prepared:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        if self.args.dtype != "auto":
-            return getattr(torch, self.args.dtype)
-        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+        return compute_dtype(self.args, self.accelerator.device)
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""

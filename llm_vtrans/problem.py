@@ -129,13 +129,16 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
     for limit in problem.limits:
         budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)
         if least > budget.target:
-            remedy = f"lower --sparsity below {1 - least / budget.dense:.3f}"
-            if budget.kind != "params":
-                remedy = f"raise --macs above {least / budget.dense:.3f}"
+            share = least / budget.dense
+            remedy = {
+                "params": f"lower --sparsity below {1 - share:.3f}",
+                "MACs": f"raise --macs above {share:.3f}",
+                "ns": f"raise --latency-ms above {least / 1e6:.3f}",
+            }[budget.kind]
             raise UserError(
-                f"budget of {budget.target:,} {budget.kind} is unreachable: with "
+                f"budget of {budget.text(budget.target)} is unreachable: with "
                 f"--prune {','.join(sorted(pruned))} and --round-to {problem.round_to} the "
-                f"smallest model has {least:,}; {remedy} or prune more structures"
+                f"smallest model has {budget.text(least)}; {remedy} or prune more structures"
             )
 
 

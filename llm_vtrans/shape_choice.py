@@ -138,7 +138,7 @@ def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
     ):
         rows = []
         for limit in problem.limits:
-            row = torch.full_like(gains, limit.cost.outside(hidden)).long()
+            row = torch.as_tensor(limit.cost.outside(hidden)).expand(len(gains))
             for index, part in enumerate(Sublayer):
                 base = limit.cost.part(part, hidden, 0)
                 slope = limit.cost.part(part, hidden, 1) - base
@@ -150,7 +150,7 @@ def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
             continue
         # With every block taken nothing can fill what is left of the budget.
         is_close = num < len(gains) or any(
-            int(row[-1]) >= (1 - TOLERANCE) * limit.budget.target
+            row[-1].item() >= (1 - TOLERANCE) * limit.budget.target
             for row, limit in zip(spent, problem.limits, strict=True)
         )
         rank = (is_close, hidden_gain + float(gains[num - 1]))
@@ -169,7 +169,7 @@ def _num_within(spent: Tensor, problem: Problem) -> int:
         spent: cost of the first i + 1 blocks, `(num_limits, num_blocks)`.
         problem: gives the limits.
     """
-    targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+    targets = spent.new_tensor([[limit.budget.target] for limit in problem.limits])
     return int(torch.searchsorted(spent, targets, right=True).min())
 
 
@@ -178,11 +178,10 @@ def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shap
     limits = problem.limits
     num = _num_within(spent, problem)
     taken = list(range(num))
-    rooms = [limit.budget.target - int(spent[i, num - 1]) for i, limit in enumerate(limits)]
+    rooms = [limit.budget.target - spent[i, num - 1].item() for i, limit in enumerate(limits)]
     prices = {
         part: [
-            int(limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0))
-            for limit in limits
+            limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0) for limit in limits
         ]
         for part in Sublayer
     }

@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
-from transformers.initialization import no_init_weights
 
 from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import complete
 from llm_vtrans.distillation import recompute
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning, export_config
+from llm_vtrans.export import Pruning
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Axis, Sublayer, TensorSpec
 from llm_vtrans.loading import Source
 from llm_vtrans.masks import SHARPNESS, VIBMasks, keep_probability
 from llm_vtrans.problem import Problem
+from llm_vtrans.shaped import empty_network, shaped_config
 
 GIVEN_UP = 0.01  # keep probability from which a unit does not come back
 NEVER = 20.0  # `log_var` of a unit that went: no rank is lower
@@ -158,14 +157,12 @@ class Shrinker:
 
     def _build(self, pruning: Pruning) -> Any:
         """The per-layer network of a shape, as its checkpoint would load."""
-        written = export_config(pruning, self.source.family, self.source.config, is_uniform=False)
-        config = CONFIG_MAPPING[written["model_type"]].from_dict({**written, "dtype": "float32"})
-        whole: Any = self._whole
-        config._attn_implementation = whole.config._attn_implementation
-        with no_init_weights():
-            built = self.source.auto_class.from_config(config, trust_remote_code=False)
-        built.tie_weights()
-        built = built.float().to(next(whole.parameters()).device).train(whole.training)
+        shape, source = pruning.plan.shape, self.source
+        config = shaped_config(
+            source.family, source.config, pruning.architecture, shape, is_uniform=False
+        )
+        device = next(self._whole.parameters()).device
+        built = empty_network(source, config, torch.float32, device).train(self._whole.training)
         if self.recomputes:
             recompute(built)
         return built

@@ -1,0 +1,71 @@
+"""Times networks of a shape on the run's device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from llm_vtrans.budget import dense_shape
+from llm_vtrans.families.base import Architecture, Shape
+from llm_vtrans.latency import Pass
+from llm_vtrans.latency_cost import LatencyCost, Times, latency_cost
+from llm_vtrans.loading import Source
+from llm_vtrans.measurements import remembered
+from llm_vtrans.shaped import empty_network, shaped_config
+
+SPREAD = 0.02  # of random weights: what they are plays no part, as long as they are numbers
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times networks of one model's family.
+
+    Attributes:
+        source: the dense checkpoint; none of its weights are read.
+        architecture: its table, after rotation if there is one.
+        timed: the pass.
+        dtype: of the networks.
+        device: they run on.
+    """
+
+    source: Source
+    architecture: Architecture
+    timed: Pass
+    dtype: torch.dtype
+    device: torch.device
+
+    def nanoseconds(self, shape: Shape, is_uniform: bool) -> float:
+        """What a network of this shape takes; rank zero measures for all.
+
+        Args:
+            shape: kept units.
+            is_uniform: stock layout, else per-layer.
+        """
+        found = self._measure(shape, is_uniform) if PartialState().is_main_process else 0.0
+        return float(broadcast_object_list([found])[0])
+
+    def table(self, sizes: list[int]) -> LatencyCost:
+        """The table at these hidden sizes, measured once for a device, dtype and model shape."""
+        what = [self._config(dense_shape(self.architecture), False), str(self.timed), sizes]
+        kept = remembered(
+            "latency", what, self.device, self.dtype,
+            lambda: asdict(latency_cost(self.architecture, sizes, self._measure)),
+        )  # fmt: skip
+        times = (Times(t["outside"], tuple(t["bases"]), tuple(t["units"])) for t in kept["times"])
+        return LatencyCost(tuple(kept["sizes"]), tuple(times), kept["head_dim"], kept["factor"])
+
+    @torch.no_grad()
+    def _measure(self, shape: Shape, is_uniform: bool = False) -> float:
+        config = self._config(shape, is_uniform)
+        network = empty_network(self.source, config, self.dtype, self.device)
+        for parameter in network.parameters():
+            parameter.normal_(0, SPREAD)
+        return 1e6 * self.timed.milliseconds(network)
+
+    def _config(self, shape: Shape, is_uniform: bool) -> dict[str, Any]:
+        source = self.source
+        return shaped_config(source.family, source.config, self.architecture, shape, is_uniform)

@@ -1,0 +1,48 @@
+"""A whole run under `--latency-ms`: what it says of time, alone and with a count beside it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llm_vtrans import measurements
+from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.manifest import score_of_stages
+from llm_vtrans.prune import prune
+from llm_vtrans.verification import Subject, verify
+from tests.runs import flags, write_inputs
+
+
+@pytest.mark.parametrize(
+    ("timed", "also"), [("prefill:2x12", []), ("decode:2", ["--sparsity", "0.5"])]
+)
+def test_a_run_under_a_budget_of_time(
+    timed: str,
+    also: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is asserted of how long anything takes: that is the machine's."""
+    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    given = [*flags(write_inputs(tmp_path)), "--latency-shape", timed, "--round-to", "auto", *also]
+    assert run_command(prune, [*given, "--latency-ms", "1e9"]) == USER_ERROR
+    # The table is kept, so that the next run finds the dense model as fast.
+    dense = re.search(r"the model takes ([\d.]+) ms", capsys.readouterr().err)
+    assert dense is not None
+    allowed = 0.9 * float(dense[1])
+    assert run_command(prune, [*given, "--latency-ms", str(allowed)]) == 0
+
+    manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
+    budgets = {b["kind"]: b for b in (manifest["budget"], *manifest["also"])}
+    assert budgets.keys() == ({"params", "ns"} if also else {"ns"})
+    assert budgets["ns"]["target"] == pytest.approx(0.975e6 * allowed, rel=1e-3)
+    assert budgets["ns"]["achieved"] > 0
+    if also:
+        assert budgets["params"]["achieved"] <= budgets["params"]["target"]
+    (measured,) = (pair for name, pair in manifest["latency"].items() if timed in name)
+    assert measured.keys() == {"dense", "pruned"}
+    assert score_of_stages(manifest)["pruned"] > 0
+    assert not any(f.is_failure for f in verify(Subject.open(tmp_path / "out")))
+    assert len(list((tmp_path / "cache").glob("*/*.json"))) == 2  # the table and the multiple

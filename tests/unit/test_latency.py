@@ -1,0 +1,206 @@
+"""Budgets of time: the table knows what was measured, and the chosen shape keeps the budget."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_vtrans import measurements
+from llm_vtrans.allocation import allocate
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.budget import Budget, complete, dense_shape
+from llm_vtrans.errors import UserError
+from llm_vtrans.families import Axis, Shape
+from llm_vtrans.latency import Pass
+from llm_vtrans.latency_cost import AIM, LatencyCost, choose_in_time, latency_cost, table_sizes
+from llm_vtrans.loading import open_source
+from llm_vtrans.planning import make_problem, make_stopwatch
+from llm_vtrans.problem import Problem
+from llm_vtrans.rounding import MULTIPLES, best_multiple
+from tests.tiny import save_tiny
+from tests.unit.test_allocation import (
+    ALL,
+    ARCHITECTURE,
+    FFN,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    random_masks,
+    seeds,
+)
+
+CPU = torch.device("cpu")
+SIZES = table_sizes(HIDDEN, 1)
+
+
+def device(shape: Shape) -> float:
+    """Nanoseconds on a device that keeps to the table's rules."""
+    width = shape.hidden
+    layers = sum(
+        (900 + 4 * width + heads * (70 + 9 * width) if heads else 0)
+        + (500 + 3 * width + ffn * (2 + width) if ffn else 0)
+        for heads, ffn in zip(shape.heads, shape.ffn, strict=True)
+    )
+    return 4000 + 30 * width + layers
+
+
+def stepped(shape: Shape) -> float:
+    """One that does not: work comes in blocks, and narrow layers waste more."""
+    blocks = sum(-(-n // 32) * 32 for n in shape.ffn)
+    return 1.3 * device(shape) + 40 * blocks + 2e5 / shape.hidden
+
+
+def problem_of(share: float, is_uniform: bool, sizes: list[int]) -> Problem:
+    cost = latency_cost(ARCHITECTURE, sizes, device)
+    dense = cost.of(dense_shape(ARCHITECTURE))
+    return Problem(ARCHITECTURE, cost, Budget("ns", int(share * dense), dense), 1, is_uniform)
+
+
+@settings(deadline=None)
+@given(
+    hidden=st.integers(SIZES[0] // 2, HIDDEN),
+    heads=st.lists(st.integers(0, HEADS), min_size=LAYERS, max_size=LAYERS),
+    ffn=st.lists(st.integers(0, FFN), min_size=LAYERS, max_size=LAYERS),
+)
+def test_the_table_knows_every_shape(hidden: int, heads: list[int], ffn: list[int]) -> None:
+    shape = Shape(hidden, tuple(heads), tuple(ffn))
+    cost = latency_cost(ARCHITECTURE, SIZES, device)
+    assert cost.of(shape) == pytest.approx(device(shape), rel=1e-6, abs=2 * LAYERS + 1)
+    assert sum(cost.split(shape).values()) == cost.of(shape)
+
+
+def test_a_table_of_one_size_is_constant_in_it() -> None:
+    cost = latency_cost(ARCHITECTURE, [HIDDEN], device)
+    dense = dense_shape(ARCHITECTURE)
+    assert cost.of(dense) == pytest.approx(device(dense), rel=1e-6)
+    assert cost.outside(10) == cost.outside(HIDDEN)
+
+
+def test_the_expectation_has_a_gradient_and_ends_at_the_shape() -> None:
+    cost = latency_cost(ARCHITECTURE, SIZES, device)
+    keep = {
+        name: torch.ones(shape, requires_grad=True)
+        for name, shape in ((Axis.HIDDEN, HIDDEN), (Axis.FFN, (LAYERS, FFN)))
+    }
+    expected = cost.expected(complete({n.value: k for n, k in keep.items()}, ARCHITECTURE))
+    assert float(expected.detach()) == pytest.approx(cost.of(dense_shape(ARCHITECTURE)), rel=1e-5)
+    for gradient in torch.autograd.grad(expected, list(keep.values())):
+        assert bool((gradient > 0).all())
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "structures"), [(SIZES, ALL), ([HIDDEN], ALL), ([HIDDEN], ("heads", "ffn"))]
+)
+@settings(deadline=None, max_examples=20)
+@given(share=st.floats(0.4, 0.9), seed=seeds)
+def test_a_plan_keeps_to_the_table(
+    is_uniform: bool, sizes: list[int], structures: tuple[str, ...], share: float, seed: int
+) -> None:
+    problem = problem_of(share, is_uniform, sizes)
+    shape = allocate(random_masks(structures, is_uniform, seed), problem).shape
+    assert 0.99 < problem.used(shape) <= 1
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+@settings(deadline=None, max_examples=10)
+@given(share=st.floats(0.4, 0.8), seed=seeds)
+def test_the_chosen_shape_keeps_the_time_that_it_takes(
+    is_uniform: bool, share: float, seed: int
+) -> None:
+    """On a device that does not keep to the table; what it took is what the problem then says."""
+    dense = latency_cost(ARCHITECTURE, SIZES, stepped)
+    allowed = share * dense.of(dense_shape(ARCHITECTURE))
+    budget = Budget("ns", int(AIM * allowed), dense.of(dense_shape(ARCHITECTURE)))
+    masks = random_masks(ALL, is_uniform, seed)
+    problem = Problem(ARCHITECTURE, dense, budget, 1, is_uniform)
+    plan, problem = choose_in_time(problem, lambda p: allocate(masks, p), stepped)
+    assert 0.95 * allowed < stepped(plan.shape) <= 1.01 * allowed
+    assert problem.cost.of(plan.shape) == pytest.approx(stepped(plan.shape), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, Pass(False, 1, 12)),
+        ("prefill:4x7", Pass(False, 4, 7)),
+        ("decode:3", Pass(True, 3, 12)),
+    ],
+)
+def test_what_is_timed(text: str | None, expected: Pass) -> None:
+    assert Pass.parse(text, 12) == expected
+
+
+@pytest.mark.parametrize("text", ["prefill", "prefill:0x5", "decode:1x5", "decode:0", "x:1"])
+def test_bad_passes(text: str) -> None:
+    with pytest.raises(UserError, match="expected prefill:BxS or decode:B"):
+        PruneArguments(latency_ms=1.0, latency_shape=text)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latency_shape": "decode:1"}, "belongs to --latency-ms"),
+        ({"latency_ms": 0.0}, "must be positive"),
+        ({"latency_ms": 1e9}, "the model takes"),
+        ({"latency_ms": 1.0, "latency_shape": "prefill:1x9999"}, "context is"),
+        ({"latency_ms": 1e-9, "layout": "per-layer"}, "raise --latency-ms"),
+    ],
+)
+def test_bad_budgets(
+    given: dict[str, float], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_vtrans.problem import check_reachable
+
+    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match=message):
+        args = PruneArguments(model=str(save_tiny("llama", tmp_path)), seq_len=8, **given)
+        source = open_source(args.model)
+        stopwatch = make_stopwatch(args, source, CPU)
+        check_reachable(make_problem(args, source, CPU, stopwatch), frozenset(args.structures()))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "gemma", "gpt2", "bert-mlm", "roberta-classify"]
+)
+@pytest.mark.parametrize("timed", ["prefill:2x8", "decode:2"])
+def test_networks_of_every_family_are_timed(
+    name: str, timed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is kept: a second look finds the same without measuring."""
+    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    args = PruneArguments(
+        model=str(save_tiny(name, tmp_path / "model")), seq_len=8, latency_ms=1.0,
+        latency_shape=timed,
+    )  # fmt: skip
+    source = open_source(args.model)
+    if timed.startswith("decode") and "-" in name:
+        with pytest.raises(UserError, match="does not generate"):
+            make_stopwatch(args, source, CPU)
+        return
+    stopwatch = make_stopwatch(args, source, CPU)
+    assert stopwatch is not None
+    size = source.architecture.num_units[Axis.HIDDEN]
+    sizes = [size // 2, size]
+    table = stopwatch.table(sizes)
+    assert isinstance(table, LatencyCost) and table.sizes == tuple(sizes)
+    assert 0 < table.outside(sizes[0]) < table.of(dense_shape(source.architecture))
+    assert stopwatch.table(sizes) == table
+    (kept,) = (tmp_path / "cache" / "latency").iterdir()
+    kept.write_text(kept.read_text()[:-9])  # half written by something else
+    assert stopwatch.table(sizes).sizes == tuple(sizes)
+    assert json.loads(kept.read_text())["sizes"] == sizes
+
+
+def test_the_best_multiple_is_one_that_was_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "CACHE", tmp_path)
+    found = best_multiple(CPU, torch.float32)
+    assert found in MULTIPLES and best_multiple(CPU, torch.float32) == found
+    (kept,) = (tmp_path / "multiple").iterdir()
+    kept.write_text("3")
+    assert best_multiple(CPU, torch.float32) == 3
