@@ -25,49 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 import torch
-from transformers import LlamaConfig
 
-from llm_vtrans.embedded import EMBEDDED_MODEL
-from llm_vtrans.families import family_for
+from eval.speed.shapes import SIZES, VOCAB_SIZE, llama, write_checkpoint
 from llm_vtrans.loading import open_source
 from llm_vtrans.reporting import table
 from llm_vtrans.resources import CPU_PROCESS_BYTES, GIB, Workload, estimate_memory
-from llm_vtrans.shard_writer import ShardWriter
 
 SHARD_SIZE = 5_000_000_000
 NUM_STEPS = 2
-VOCAB_SIZE = 32000
-SHAPES = {  # hidden, FFN, layers, heads
-    "7b": (4096, 11008, 32, 32),
-    "1b": (2048, 5504, 22, 16),
-    "small": (1024, 2752, 12, 16),
-}
 SET_UPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "recomputing": {"recomputes": True},
     "4bit": {"form": "4bit"},
     "8bit": {"form": "8bit"},
 }
-
-
-def write_checkpoint(folder: Path, shape: str) -> None:
-    """Random weights of a shape, with the embedded model's tokenizer."""
-    hidden, ffn, layers, heads = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, vocab_size=VOCAB_SIZE, max_position_embeddings=4096,
-        dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
-    named = family_for("llama").describe(config).named_tensors()
-    specs = {name: (spec.shape, torch.bfloat16) for name, (spec, _) in named.items()}
-    writer = ShardWriter(folder, specs, SHARD_SIZE)
-    for name, (size, dtype) in specs.items():
-        weight = torch.empty(size, dtype=dtype)
-        writer.write(name, weight.normal_(0, 0.02) if len(size) > 1 else weight.fill_(1))
-    writer.close()
 
 
 def read_all(folder: Path) -> float:
@@ -101,7 +72,7 @@ def run(folder: Path, out: Path, set_up: str, args: argparse.Namespace) -> dict[
 def main() -> None:
     """Prints a row per phase and set-up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--shape", choices=SIZES, default="7b")
     parser.add_argument("--set-up", nargs="+", choices=SET_UPS, default=["plain"])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=32)
@@ -112,8 +83,7 @@ def main() -> None:
     rows: list[tuple[str, ...]] = [("phase", "seconds", "peak GiB", "planned GiB", "ratio")]
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch) / "dense"
-        folder.mkdir()
-        write_checkpoint(folder, args.shape)
+        write_checkpoint(folder, llama(*SIZES[args.shape]), SHARD_SIZE)
         rows.append(("read every byte", f"{read_all(folder):.1f}", "", "", ""))
         architecture = open_source(str(folder)).architecture
         for set_up in args.set_up:

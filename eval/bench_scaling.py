@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)
 import torch
 from accelerate import Accelerator
 
-from eval.bench_step import Bench
+from eval.speed.training import Bench
 from llm_vtrans.command import is_rank_zero
 from llm_vtrans.preemption import Preemption
 from llm_vtrans.reporting import table

@@ -154,7 +154,8 @@ def milliseconds(source: Source, task: Task, folder: Path) -> dict[int, float]:
 
 def dense_model(args: argparse.Namespace, common: list[str]) -> tuple[PruneArguments, list[str]]:
     """The model that all runs start from, finetuned once where that is asked for."""
-    first = parse([*common, "--output", str(args.output / "model")])
+    # Options of variants that train weights are for those methods alone.
+    first = parse([*common, "--variant", "vtrans", "--output", str(args.output / "model")])
     if first.finetune_first:
         first = finetune_first(first)
     return first, [*common, "--model", first.model, "--finetune-first", "false"]
@@ -202,6 +203,7 @@ def run(arguments: list[str]) -> None:
     source = open_source(first.model)
     found = list(results(args, common))
     seq_len = window_length(first, source)
+    first = replace(first, samples=found[0].manifest["settings"]["samples"])
     task = task_data(first, source, seq_len)
     rows = report(found, source, task)
     atomic_write_text(args.output / "table.json", json.dumps(rows, indent=2) + "\n")

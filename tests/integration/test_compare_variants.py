@@ -8,6 +8,7 @@ import pytest
 from eval.compare_variants import BATCH_SIZES, run
 from tests.integration.test_tasks import encoder as encoder
 from tests.integration.test_tasks import write
+from tests.runs import write_inputs
 
 METHODS = ["faster", "fast", "vtrans", "random", "magnitude"]
 
@@ -34,3 +35,19 @@ def test_every_method_meets_the_budget(
         assert all(row[f"speedup, batch {size}"] > 0 for size in BATCH_SIZES)
     trained = {row["method"]: row["steps"] for row in rows}
     assert trained == {"faster": 8, "fast": 4, "vtrans": 8, "random": 0, "magnitude": 0}
+
+
+def test_a_language_model_on_the_default_number_of_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_inputs(tmp_path, num_paragraphs=250)
+    run(
+        [
+            *("--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")),
+            *("--output", str(tmp_path / "out"), "--seq-len", "16", "--batch-size", "1"),
+            *("--sparsity", "0.5", "--methods", "random", "--shrink-every", "0"),
+        ]
+    )
+    assert "perplexity" in capsys.readouterr().out
+    dense, pruned = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert pruned["parameters"] <= 0.5 * dense["parameters"]

@@ -1,36 +1,29 @@
-"""Time of one training step of each stage against a bare pass through the same frozen model.
-
-    python eval/bench_step.py --model DIR [--batch-size 8 --seq-len 256 --rounds 10]
+"""A training step of each stage against a bare pass through the same frozen model.
 
 Bare: teacher forward, forward, cross-entropy, backward to the embeddings. Search step: the
 same with masks, distillation, KL, budget penalty and optimizer. Tune step: the same with maps
-and factors. All run in turn in one process; medians and their ratios are printed, and where
-the time of a search step goes.
+and factors. All run in turn in one process.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Limit, complete, dense_shape, parameter_cost
+from llm_vtrans.budget import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.distillation_loss import distillation_loss
+from llm_vtrans.latency import median_ms
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
-from llm_vtrans.reporting import table
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training import Objective, TrainingSettings
 from llm_vtrans.tune import TuneObjective
@@ -38,6 +31,8 @@ from llm_vtrans.tuning import Tuning
 
 T = TypeVar("T")
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
+PASSES = 3  # of two operations per multiply-accumulate: teacher, student, gradients of activations
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 class Bench:
@@ -48,7 +43,9 @@ class Bench:
         source = open_source(name)
         architecture = source.architecture
         cost = parameter_cost(architecture)
-        dense = cost.of(dense_shape(architecture))
+        self.num_params = dense = cost.of(dense_shape(architecture))
+        macs = mac_cost(architecture, seq_len).of(dense_shape(architecture))
+        self.operations = 2 * PASSES * batch_size * macs
         self.model = load_model(source, dtype, self.device)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
         tuning = Tuning(architecture, source.family.rotates)
@@ -112,6 +109,7 @@ class Bench:
     def pieces(self) -> None:
         """The same step, its pieces timed one by one."""
         objective, masked, masks = self.objective, self.objective.masked, self.objective.masks
+        masked.tuning.is_on = False
         masked.set_gates(None)
         with torch.no_grad():
             teacher = self.timed("teacher forward", lambda: masked(self.tokens))
@@ -138,37 +136,61 @@ class Bench:
         self.optimizer.zero_grad()
 
 
-def main() -> None:
-    """Prints the ratio and the split."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="dense checkpoint")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    args = parser.parse_args()
-    bench = Bench(args.model, args.batch_size, args.seq_len, getattr(torch, args.dtype))
+@dataclass(frozen=True)
+class StepTimes:
+    """Medians of one model's steps.
+
+    Attributes:
+        num_params: of the model.
+        num_tokens: in a step.
+        seconds: by piece.
+        utilisation: operations of a search step per second, as a share of the device's peak.
+        peak: operations per second of a large matrix product.
+    """
+
+    num_params: int
+    num_tokens: int
+    seconds: dict[str, float]
+    utilisation: float
+    peak: float
+
+    def ratio(self, name: str) -> float:
+        """A step against the bare pass."""
+        return self.seconds[name] / self.seconds["bare"]
+
+
+def step_times(
+    name: str, batch_size: int, seq_len: int, dtype: torch.dtype, rounds: int, splits: bool = False
+) -> StepTimes:
+    """Times steps in turn, so that all see the same machine.
+
+    Args:
+        name: dense checkpoint.
+        batch_size: windows.
+        seq_len: tokens in each.
+        dtype: to compute in.
+        rounds: of all pieces.
+        splits: whether the pieces of a search step are timed apart, too.
+    """
+    bench = Bench(name, batch_size, seq_len, dtype)
     for _ in range(2):  # warm-up
         bench.bare()
         bench.search_step()
         bench.tune_step()
-    for _ in range(args.rounds):  # in turn, so that both see the same machine
+    peak = peak_operations(bench.device, dtype)
+    for _ in range(rounds):
         bench.timed("bare", bench.bare)
         bench.timed("search step", bench.search_step)
-        bench.pieces()
         bench.timed("tune step", bench.tune_step)
+        if splits:
+            bench.pieces()
     middle = {name: median(times) for name, times in bench.seconds.items()}
-    step = middle["search step"]
-    rows: list[tuple[str, ...]] = [("", "ms", "share of search step")]
-    rows += [(n, f"{1e3 * t:.1f}", f"{100 * t / step:.1f}%") for n, t in middle.items()]
-    print(
-        f"{args.model}, batch {args.batch_size} x {args.seq_len} tokens, {args.dtype}, "
-        f"{bench.device.type}, {torch.get_num_threads()} threads, median of {args.rounds}"
-    )
-    print(table(rows))
-    print(f"search step / bare = {step / middle['bare']:.3f}")
-    print(f"tune step / bare = {middle['tune step'] / middle['bare']:.3f}")
+    rate = bench.operations / middle["search step"]
+    return StepTimes(bench.num_params, batch_size * seq_len, middle, rate / peak, peak)
 
 
-if __name__ == "__main__":
-    main()
+def peak_operations(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    size = PEAK_SIZE[device.type]
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / (1e-3 * median_ms(lambda: one @ other, device.type == "cuda"))

@@ -1,0 +1,217 @@
+"""How fast pruning and the pruned model are, as ratios measured side by side in one run.
+
+    python eval/bench_speed.py [--model DIR | random:160m] [--sparsity 0.5] [--output FILE]
+
+step: a training step against a bare pass through the same frozen model (the teacher's forward
+counted in both), and its share of the device's peak. inference: dense against a checkpoint of
+random weights that is smaller in proportion: loading, prefill, decode, memory. files: loading
+and export against reading and copying. growth: how a step's time grows with the model and with
+the sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of eval/: the checkout need not be installed
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from eval.speed.files import phases
+from eval.speed.inference import compare
+from eval.speed.shapes import (
+    RANDOM,
+    SIZES,
+    llama,
+    proportional_shape,
+    write_checkpoint,
+)
+from eval.speed.training import step_times
+from llm_vtrans.arguments import DTYPES
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.command import Parser, run_command
+from llm_vtrans.errors import UserError
+from llm_vtrans.loading import open_source
+from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.problem import Problem
+from llm_vtrans.reporting import table
+from llm_vtrans.shaped import empty_network, shaped_config
+
+SHARD_SIZE = 500_000_000
+GROWTH_SIZES = ((128, 352, 4, 4), (256, 704, 6, 4), (384, 1056, 8, 6), (512, 1408, 10, 8))
+GROWTH_VOCAB = 4096
+GROWTH_TOKENS = (128, 256, 512, 1024)
+GROWTH_BATCH, GROWTH_SEQ_LEN = 4, 256
+
+
+def step(args: argparse.Namespace, _: Path) -> dict[str, float]:
+    """Ratios of both stages, and the split of a search step."""
+    times = step_times(
+        args.model, args.batch_size, args.seq_len, args.torch_dtype, args.rounds, splits=True
+    )
+    whole = times.seconds["search step"]
+    rows = [("piece", "ms", "of a search step")]
+    rows += [(n, f"{1e3 * s:.1f}", f"{100 * s / whole:.1f}%") for n, s in times.seconds.items()]
+    print(table(rows))
+    found = {
+        "search step / bare": times.ratio("search step"),
+        "tune step / bare": times.ratio("tune step"),
+        "tokens per second of search": times.num_tokens / whole,
+        "TFLOP/s of a large product": times.peak / 1e12,
+        "share of it in a search step": times.utilisation,
+    }
+    return _printed(found)
+
+
+def inference(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, float]]:
+    """Dense, pruned and their ratio, by figure."""
+    source = open_source(args.model)
+    architecture = source.architecture
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    budget = Budget("params", int((1 - args.sparsity) * dense), dense)
+    problem = Problem(architecture, cost, budget, args.round_to, True)
+    shape = proportional_shape(architecture, problem)
+    config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
+    stored = next(iter(source.checkpoint.tensors.values())).dtype
+    network = empty_network(source, config, stored, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.02)
+    pruned = scratch / "pruned"
+    network.save_pretrained(pruned)
+    del network
+    folders = [source.checkpoint.folder, pruned]
+    before, after = compare(folders, args.dtype, args.seq_len, args.inference_rounds)
+    print(f"pruned to {cost.of(shape):,} of {dense:,} parameters: {_shape_text(shape)}")
+    rows = [("", "dense", "pruned", "pruned / dense")]
+    rows += [
+        (name, f"{before[name]:,.1f}", f"{after[name]:,.1f}", f"{after[name] / before[name]:.2f}")
+        for name in before
+    ]
+    print(table(rows))
+    return {
+        name: {"dense": before[name], "pruned": after[name], "ratio": after[name] / before[name]}
+        for name in before
+    }
+
+
+def _shape_text(shape: Any) -> str:
+    return f"hidden {shape.hidden}, heads {shape.heads[0]}, FFN {shape.ffn[0]}"
+
+
+def files(args: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
+    """Seconds and memory of every phase."""
+    folder = open_source(args.model).checkpoint.folder
+    found = phases(folder)
+    against = {"load": "read every tensor", "export of half": "copy the files",
+               "export of half, rotated": "copy the files"}  # fmt: skip
+    rows = [("phase", "seconds", "against", "peak MB above idle")]
+    for name, figures in found.items():
+        plain = found.get(against.get(name, ""))
+        ratio = f"{figures['seconds'] / plain['seconds']:.2f}" if plain else ""
+        rows.append((name, f"{figures['seconds']:.2f}", ratio, f"{figures['bytes'] / 1e6:,.0f}"))
+    print(table(rows))
+    return found
+
+
+def growth(args: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Exponents of a search step's time in parameters and in tokens of a sequence."""
+    by_size, by_length = [], []
+    rows = [("parameters", "tokens in a sequence", "sequences", "ms")]
+
+    def row(folder: Path, batch_size: int, seq_len: int) -> tuple[float, float, float]:
+        times = step_times(str(folder), batch_size, seq_len, args.torch_dtype, args.rounds)
+        seconds = times.seconds["search step"]
+        rows.append(
+            (f"{times.num_params:,}", str(seq_len), str(batch_size), f"{1e3 * seconds:.1f}")
+        )
+        return times.num_params, seq_len, seconds
+
+    for number, sizes in enumerate(GROWTH_SIZES):
+        folder = scratch / f"growth-{number}"
+        write_checkpoint(folder, llama(*sizes, vocab_size=GROWTH_VOCAB), SHARD_SIZE)
+        params, _, seconds = row(folder, GROWTH_BATCH, GROWTH_SEQ_LEN)
+        by_size.append((params, seconds))
+    for seq_len in GROWTH_TOKENS:
+        _, length, seconds = row(folder, 1, seq_len)
+        by_length.append((length, seconds))
+    print(table(rows))
+    found = {"exponent in parameters": exponent(by_size), "exponent in tokens": exponent(by_length)}
+    return _printed(found)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Slope of the least-squares line through the logarithms of `(size, seconds)`."""
+    logs = [(math.log(size), math.log(seconds)) for size, seconds in points]
+    mean = [sum(column) / len(logs) for column in zip(*logs, strict=True)]
+    covariance = sum((x - mean[0]) * (y - mean[1]) for x, y in logs)
+    return covariance / sum((x - mean[0]) ** 2 for x, _ in logs)
+
+
+def _printed(found: dict[str, float]) -> dict[str, float]:
+    for name, value in found.items():
+        print(f"{name} = {value:.3f}")
+    return found
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "step": step,
+    "inference": inference,
+    "files": files,
+    "growth": growth,
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Measures the sections that are asked for, prints them, writes FILE."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = f"dense checkpoint, or {RANDOM} and one of {', '.join(SIZES)}"
+    parser.add_argument("--model", default=f"{RANDOM}160m", help=known)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of what dense is beside")
+    parser.add_argument("--round-to", type=int, default=64, help="multiple of its dimensions")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a training step")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7, help="of training steps")
+    parser.add_argument("--inference-rounds", type=int, default=3, help="processes per model")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--output", type=Path, help="all figures as JSON")
+    args = parser.parse_args(arguments)
+    is_cuda = torch.cuda.is_available()
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if is_cuda else "float32"
+    args.torch_dtype = getattr(torch, args.dtype)
+    figures: dict[str, Any] = {}
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        size = args.model.removeprefix(RANDOM)
+        if size != args.model:
+            if size not in SIZES:
+                raise UserError(f"--model {args.model}: sizes are {', '.join(SIZES)}")
+            args.model = str(scratch / size)
+            write_checkpoint(Path(args.model), llama(*SIZES[size]), SHARD_SIZE)
+        device = torch.cuda.get_device_name() if is_cuda else "CPU"
+        print(
+            f"{size}, {args.batch_size} x {args.seq_len} tokens, {args.dtype}, {device}, "
+            f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        )
+        for section in args.sections:
+            print(f"\n{section}")
+            figures[section] = SECTIONS[section](args, scratch)
+    if args.output:
+        atomic_write_text(args.output, json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(run, sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""Random checkpoints of real sizes, and shapes that are smaller in proportion."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.families import Architecture, Axis, Shape, family_for
+from llm_vtrans.problem import Problem, uniform_shape
+from llm_vtrans.shard_writer import ShardWriter
+
+RANDOM = "random:"  # in front of a size, in place of a folder
+VOCAB_SIZE = 32000
+SIZES = {  # hidden, FFN, layers, heads
+    "7b": (4096, 11008, 32, 32),
+    "1b": (2048, 5504, 22, 16),
+    "small": (1024, 2752, 12, 16),
+    "160m": (768, 2048, 12, 12),
+}
+FINENESS = 2000  # steps in which a proportion is searched
+
+
+def llama(
+    hidden: int, ffn: int, layers: int, heads: int, vocab_size: int = VOCAB_SIZE
+) -> LlamaConfig:
+    """A config of these sizes in bfloat16."""
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, vocab_size=vocab_size, max_position_embeddings=4096,
+        dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig, shard_size: int) -> None:
+    """Random weights, with the embedded model's tokenizer.
+
+    Args:
+        folder: to create.
+        config: of the model.
+        shard_size: bytes of a shard at most.
+    """
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED_MODEL / name, folder / name)
+    named = family_for("llama").describe(config).named_tensors()
+    specs = {name: (spec.shape, torch.bfloat16) for name, (spec, _) in named.items()}
+    writer = ShardWriter(folder, specs, shard_size)
+    for name, (size, dtype) in specs.items():
+        weight = torch.empty(size, dtype=dtype)
+        writer.write(name, weight.normal_(0, 0.02) if len(size) > 1 else weight.fill_(1))
+    writer.close()
+
+
+def proportional_shape(architecture: Architecture, problem: Problem) -> Shape:
+    """The largest shape within the budget that keeps about the same share along every axis."""
+    units, layers = architecture.num_units, torch.ones(architecture.num_layers, dtype=torch.bool)
+    allowed = {axis: problem.counts(axis, True) for axis in units}
+    for step in range(FINENESS, 0, -1):
+        counts = {
+            axis: max([n for n in allowed[axis] if n <= step / FINENESS * units[axis]] or [0])
+            for axis in units
+        }
+        heads, hidden = counts[Axis.HEADS], counts[Axis.HIDDEN]
+        head_dim = architecture.head_dim if problem.is_coupled else None
+        if head_dim is not None:
+            head_dim = min(head_dim, hidden // max(1, heads))
+            hidden = heads * head_dim
+        if not min(heads, hidden, counts[Axis.FFN]):
+            break
+        shape = uniform_shape(hidden, heads, counts[Axis.FFN], layers, head_dim)
+        if problem.used(shape) <= 1:
+            return shape
+    raise ValueError("no proportional shape is within the budget")

@@ -1,0 +1,67 @@
+"""`eval/bench_speed.py` on a tiny model: every section measures and says what."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.bench_speed import exponent
+from eval.speed.shapes import llama, proportional_shape, write_checkpoint
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.loading import open_source
+from llm_vtrans.problem import Problem
+from llm_vtrans.shaped import empty_network, shaped_config
+from tests.runs import ROOT
+from tests.tiny import save_tiny
+
+
+def test_every_section(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", llama(32, 48, 2, 4, vocab_size=512), 10**9)
+    command = [
+        sys.executable, "eval/bench_speed.py", "--model", str(tmp_path / "model"), "--rounds", "1",
+        "--sections", "step", "inference", "files", "--inference-rounds", "1", "--round-to", "1",
+        "--batch-size", "2", "--seq-len", "16", "--output", str(tmp_path / "figures.json"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {"step", "inference", "files"}
+    for name in ("search step / bare", "tune step / bare", "share of it in a search step"):
+        assert figures["step"][name] > 0 and f"{name} = " in done.stdout
+    inference = figures["inference"]
+    assert inference["checkpoint, MB"]["pruned"] < 0.7 * inference["checkpoint, MB"]["dense"]
+    assert sum("tokens/s" in name for name in inference) == 4
+    assert all(row["dense"] > 0 and row["pruned"] > 0 for row in inference.values())
+    assert all(phase["seconds"] > 0 for phase in figures["files"].values())
+
+
+def test_an_unknown_size_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "eval/bench_speed.py", "--model", "random:9z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --model")
+
+
+def test_the_exponent_is_that_of_a_power_law() -> None:
+    points = [(size, 3 * size**1.2) for size in (1.0, 2.0, 5.0, 9.0)]
+    assert math.isclose(exponent(points), 1.2)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "gpt2", "bert-mlm"])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_a_proportional_shape_uses_the_budget(name: str, share: float, tmp_path: Path) -> None:
+    source = open_source(str(save_tiny(name, tmp_path)))
+    architecture = source.architecture
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    problem = Problem(architecture, cost, Budget("params", int(share * dense), dense), 1, True)
+    shape = proportional_shape(architecture, problem)
+    assert 0.5 < problem.used(shape) <= 1
+    config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
+    network = empty_network(source, config, torch.float32, torch.device("cpu"))
+    assert network.num_parameters() == cost.of(shape)
