@@ -32,8 +32,9 @@ from eval.baselines.random_units import importance as random_units
 from eval.baselines.ranking import uniform_ranks
 from eval.baselines.selection import hidden_sizes
 from llm_vtrans.allocation import allocate_scores
-from llm_vtrans.arguments import VARIANTS, PruneArguments, parse
+from llm_vtrans.arguments import VARIANTS, PruneArguments
 from llm_vtrans.command import Parser, run_command
+from llm_vtrans.command_line import parse
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
 from llm_vtrans.job import Job

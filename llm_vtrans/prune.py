@@ -13,8 +13,9 @@ from typing import Any
 if not __package__:  # as a script this folder comes first; the package must be found instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from llm_vtrans.arguments import PruneArguments, parse
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.command import is_rank_zero, run_command
+from llm_vtrans.command_line import parse
 from llm_vtrans.family_of_sizes import runs_of
 from llm_vtrans.job import Job
 from llm_vtrans.output_folder import exclusive

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llm_vtrans.arguments import PruneArguments, recipe
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.checkpoint import Checkpoint
+from llm_vtrans.command_line import recipe
 from llm_vtrans.errors import UserError
 from llm_vtrans.manifest import (
     CARD_FILE,

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from llm_vtrans.arguments import PruneArguments, parse
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.checkpoint import INDEX_FILE, SINGLE_FILE
+from llm_vtrans.command_line import parse
 from llm_vtrans.exporting import flags_of
 from llm_vtrans.job import Job
 from llm_vtrans.loading import load_model, open_source

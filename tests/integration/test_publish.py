@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.arguments import parse
+from llm_vtrans.command_line import parse
 from llm_vtrans.errors import UserError
 from llm_vtrans.exporting import export
 from llm_vtrans.model_card import base_license, front_matter

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_vtrans.arguments import parse
 from llm_vtrans.choosing import hard_gates
 from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.command_line import parse
 from llm_vtrans.job import Job
 from llm_vtrans.manifest import score_of_stages
 from llm_vtrans.preemption import Preemption
