@@ -27,7 +27,7 @@ SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": text}
+    metadata: dict[str, Any] = {"help": text.replace("%", "%%")}  # argparse formats it
     if choices is not None:
         metadata["choices"] = list(choices)
     return field(default=default, metadata=metadata)
