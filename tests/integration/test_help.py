@@ -1,25 +1,24 @@
 """`--help` of every command."""
 
 import re
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 
+from llm_vtrans import cli
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.cli import COMMANDS
-from tests.runs import ROOT
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_shown(command: str) -> None:
-    """Of every command; that of `prune` names every option."""
-    done = subprocess.run(
-        [sys.executable, "-m", "llm_vtrans.cli", command, "--help"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_shown(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of `prune` names every option."""
+    monkeypatch.setattr("sys.argv", ["llm-vtrans", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 0 and not shown.err
     if command == "prune":
-        shown = set(re.findall(r"--[a-z_-]+", done.stdout))
-        assert {f"--{f.name}" for f in fields(PruneArguments)} <= shown
+        flags = set(re.findall(r"--[a-z_-]+", shown.out))
+        assert {f"--{f.name}" for f in fields(PruneArguments)} <= flags
