@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_vtrans.allocation import PrunePlan
+from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.attachment import MaskedModel, logits_of
 from llm_vtrans.choosing import Chooser, hard_gates
 from llm_vtrans.dense_teacher import DenseTeacher
@@ -24,7 +25,7 @@ from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Shape
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.latency import forward_ms
-from llm_vtrans.latency_cost import choose_in_time, corrected
+from llm_vtrans.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.loading import Weights, fill_model, load_model
 from llm_vtrans.manifest import (
     dtype_name,
@@ -250,8 +251,10 @@ class Job(Prepared):
                 self.plan = chooser.choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, chooser.choose, self._nanoseconds
+                    self.problem, partial(allocate, self.masks), chooser.choose, self._nanoseconds
                 )
+                if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
+                    self.reporter.say(f"the network found takes {used:.2f} of the budget")
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
 

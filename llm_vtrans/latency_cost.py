@@ -18,6 +18,7 @@ import torch
 
 from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.budget import Cost, dense_shape
+from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis, Shape, Sublayer
 from llm_vtrans.problem import Problem
 
@@ -155,21 +156,31 @@ def corrected(problem: Problem, shape: Shape, measure: Measure) -> Problem:
 
 
 def choose_in_time(
-    problem: Problem, choose: Callable[[Problem], PrunePlan], measure: Measure
+    problem: Problem,
+    guess: Callable[[Problem], PrunePlan],
+    choose: Callable[[Problem], PrunePlan],
+    measure: Measure,
 ) -> tuple[PrunePlan, Problem]:
     """A plan whose network, timed, keeps the budget; and the problem with the table that says so.
 
     Args:
         problem: with a limit of time among its limits.
+        guess: a good plan of a problem, at little cost: the table is corrected by it first.
         choose: the best plan of a problem.
         measure: times a network of a shape.
 
     Raises:
         UserError: even the smallest allowed model exceeds a budget.
     """
+    problem = corrected(problem, guess(problem).shape, measure)
     plans: list[tuple[float, PrunePlan, Problem]] = []
     for _ in range(ROUNDS):
-        plan = choose(problem)
+        try:
+            plan = choose(problem)
+        except UserError:
+            if not plans:
+                raise
+            break
         problem = corrected(problem, plan.shape, measure)
         used = problem.used(plan.shape)
         if AIM < used < 1 / AIM:
