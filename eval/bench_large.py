@@ -5,7 +5,7 @@
 Writes a LLaMA-shaped bfloat16 checkpoint in real shards, reads every byte of it once, then runs
 prune.py in a fresh process: loading, two steps of mask training, hardening, streaming export,
 loading of the result. Peaks are resident memory of that process, beside what `llm-vtrans plan`
-says.
+says. Options that are not listed by --help go to `prune`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(folder: Path, out: Path, set_up: str, args: argparse.Namespace) -> dict[
         sys.executable, "llm_vtrans/prune.py", "--model", str(folder), "--data", "embedded",
         "--sparsity", "0.5", "--output", str(out), "--dtype", args.dtype, "--log-every", "1",
         "--samples", str(samples), "--batch-size", str(args.batch_size),
-        "--seq-len", str(args.seq_len), "--rotate", args.rotate, *flags,
+        "--seq-len", str(args.seq_len), "--rotate", args.rotate, *flags, *args.more,
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--rotate", default="none", choices=("none", "pca"))
     parser.add_argument("--folder", help="where the checkpoint is written; a temporary one else")
-    args = parser.parse_args()
+    args, args.more = parser.parse_known_args()
     rows: list[tuple[str, ...]] = [("phase", "seconds", "peak GiB", "planned GiB", "ratio")]
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch) / "dense"
