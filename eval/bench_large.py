@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--rotate", default="none", choices=("none", "pca"))
     parser.add_argument("--folder", help="where the checkpoint is written; a temporary one else")
-    args, args.more = parser.parse_known_args()
+    args, more = parser.parse_known_args()
+    args.more = more
     rows: list[tuple[str, ...]] = [("phase", "seconds", "peak GiB", "planned GiB", "ratio")]
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch) / "dense"
