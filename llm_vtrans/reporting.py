@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import resource
@@ -133,6 +134,9 @@ def peak_rss() -> int:
 
 
 def _reset_peaks() -> None:
+    """Begins anew; memory that was freed but not handed back to the system goes first."""
+    with suppress(OSError, AttributeError):  # other systems' libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # else peaks are those of the process so far

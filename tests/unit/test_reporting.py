@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from llm_vtrans.reporting import CLEAR_LINE, METRICS_FILE, Reporter, command_line
 from llm_vtrans.training import Progress
@@ -55,3 +56,17 @@ def test_other_ranks_are_silent(tmp_path, capsys):
 def test_the_exact_command(monkeypatch, argv, told):
     monkeypatch.setattr(sys, "argv", argv)
     assert command_line() == told
+
+
+def test_a_phase_does_not_count_what_an_earlier_one_gave_back() -> None:
+    """Small pieces of memory that are freed stay with the process unless they are handed back."""
+    reporter = Reporter(is_main=True)
+    kept = []
+    with reporter.phase("first"):
+        pieces = [torch.ones(25_000) for _ in range(4000)]  # 100 KB each
+        kept += pieces[::50]
+        del pieces
+    with reporter.phase("second"):
+        pass
+    first, second = (reporter.phases[name].peak_rss for name in ("first", "second"))
+    assert first - second > 200e6 and len(kept) == 80
