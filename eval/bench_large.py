@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ sys.path[0] = str(ROOT)
 
 import torch
 
+from eval.speed.files import READ, measure
 from eval.speed.shapes import SIZES, VOCAB_SIZE, llama, write_checkpoint
 from llm_vtrans.loading import open_source
 from llm_vtrans.reporting import table
@@ -39,15 +39,6 @@ SET_UPS: dict[str, dict[str, Any]] = {
     "4bit": {"form": "4bit"},
     "8bit": {"form": "8bit"},
 }
-
-
-def read_all(folder: Path) -> float:
-    """Seconds to read every tensor once."""
-    checkpoint = open_source(str(folder)).checkpoint
-    start = time.perf_counter()
-    for name in checkpoint.tensors:
-        checkpoint.read(name)
-    return time.perf_counter() - start
 
 
 def run(folder: Path, out: Path, set_up: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch) / "dense"
         write_checkpoint(folder, llama(*SIZES[args.shape]), SHARD_SIZE)
-        rows.append(("read every byte", f"{read_all(folder):.1f}", "", "", ""))
+        rows.append(("read every byte", f"{measure(READ, folder)['seconds']:.1f}", "", "", ""))
         architecture = open_source(str(folder)).architecture
         for set_up in args.set_up:
             width = 2 if args.dtype == "bfloat16" else 4

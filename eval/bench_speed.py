@@ -26,27 +26,27 @@ sys.path[0] = str(ROOT)  # in place of eval/: the checkout need not be installed
 import torch
 from transformers.utils import logging as transformers_logging
 
-from eval.speed.files import phases
+from eval.speed.files import READ, phases
 from eval.speed.inference import compare
 from eval.speed.shapes import (
     RANDOM,
     SIZES,
     llama,
+    problem_of,
     proportional_shape,
     write_checkpoint,
 )
 from eval.speed.training import step_times
 from llm_vtrans.arguments import DTYPES
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.command import Parser, run_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.loading import open_source
+from llm_vtrans.manifest import dtype_name
 from llm_vtrans.output_folder import atomic_write_text
-from llm_vtrans.problem import Problem
+from llm_vtrans.planning import compute_dtype
 from llm_vtrans.reporting import table
-from llm_vtrans.shaped import empty_network, shaped_config
+from llm_vtrans.shaped import random_network, shaped_config
 
-SHARD_SIZE = 500_000_000
 GROWTH_SIZES = ((128, 352, 4, 4), (256, 704, 6, 4), (384, 1056, 8, 6), (512, 1408, 10, 8))
 GROWTH_VOCAB = 4096
 GROWTH_TOKENS = (128, 256, 512, 1024)
@@ -76,23 +76,18 @@ def inference(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, fl
     """Dense, pruned and their ratio, by figure."""
     source = open_source(args.model)
     architecture = source.architecture
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    budget = Budget("params", int((1 - args.sparsity) * dense), dense)
-    problem = Problem(architecture, cost, budget, args.round_to, True)
+    problem = problem_of(architecture, args.sparsity, args.round_to)
     shape = proportional_shape(architecture, problem)
     config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
     stored = next(iter(source.checkpoint.tensors.values())).dtype
-    network = empty_network(source, config, stored, torch.device("cpu"))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 0.02)
     pruned = scratch / "pruned"
-    network.save_pretrained(pruned)
-    del network
+    random_network(source, config, stored, torch.device("cpu")).save_pretrained(pruned)
     folders = [source.checkpoint.folder, pruned]
     before, after = compare(folders, args.dtype, args.seq_len, args.inference_rounds)
-    print(f"pruned to {cost.of(shape):,} of {dense:,} parameters: {_shape_text(shape)}")
+    print(
+        f"pruned to {problem.cost.of(shape):,} of {problem.budget.dense:,} parameters: hidden "
+        f"{shape.hidden}, heads {shape.heads[0]}, FFN {shape.ffn[0]}"
+    )
     rows = [("", "dense", "pruned", "pruned / dense")]
     rows += [
         (name, f"{before[name]:,.1f}", f"{after[name]:,.1f}", f"{after[name] / before[name]:.2f}")
@@ -105,15 +100,11 @@ def inference(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, fl
     }
 
 
-def _shape_text(shape: Any) -> str:
-    return f"hidden {shape.hidden}, heads {shape.heads[0]}, FFN {shape.ffn[0]}"
-
-
 def files(args: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
     """Seconds and memory of every phase."""
     folder = open_source(args.model).checkpoint.folder
     found = phases(folder)
-    against = {"load": "read every tensor", "export of half": "copy the files",
+    against = {"load": READ, "export of half": "copy the files",
                "export of half, rotated": "copy the files"}  # fmt: skip
     rows = [("phase", "seconds", "against", "peak MB above idle")]
     for name, figures in found.items():
@@ -139,7 +130,7 @@ def growth(args: argparse.Namespace, scratch: Path) -> dict[str, float]:
 
     for number, sizes in enumerate(GROWTH_SIZES):
         folder = scratch / f"growth-{number}"
-        write_checkpoint(folder, llama(*sizes, vocab_size=GROWTH_VOCAB), SHARD_SIZE)
+        write_checkpoint(folder, llama(*sizes, vocab_size=GROWTH_VOCAB))
         params, _, seconds = row(folder, GROWTH_BATCH, GROWTH_SEQ_LEN)
         by_size.append((params, seconds))
     for seq_len in GROWTH_TOKENS:
@@ -188,9 +179,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     args = parser.parse_args(arguments)
     is_cuda = torch.cuda.is_available()
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if is_cuda else "float32"
-    args.torch_dtype = getattr(torch, args.dtype)
+    args.torch_dtype = compute_dtype(args.dtype, torch.device("cuda" if is_cuda else "cpu"))
+    args.dtype = dtype_name(args.torch_dtype)
     figures: dict[str, Any] = {}
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +190,7 @@ def run(arguments: list[str]) -> None:
             if size not in SIZES:
                 raise UserError(f"--model {args.model}: sizes are {', '.join(SIZES)}")
             args.model = str(scratch / size)
-            write_checkpoint(Path(args.model), llama(*SIZES[size]), SHARD_SIZE)
+            write_checkpoint(Path(args.model), llama(*SIZES[size]))
         device = torch.cuda.get_device_name() if is_cuda else "CPU"
         print(
             f"{size}, {args.batch_size} x {args.seq_len} tokens, {args.dtype}, {device}, "

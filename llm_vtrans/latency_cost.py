@@ -69,11 +69,10 @@ class LatencyCost(Cost):
     def part(self, sublayer: Sublayer, hidden: Any, units: Any, head_dim: Any = None) -> Any:
         """As `Cost.part`, in nanoseconds; a head takes time by its dimensions."""
         index = list(Sublayer).index(sublayer)
-        share = 1 if head_dim is None or self.head_dim is None else head_dim / self.head_dim
+        if sublayer is Sublayer.ATTENTION and head_dim is not None and self.head_dim is not None:
+            units = units * head_dim / self.head_dim
         base = self._at([times.bases[index] for times in self.times], hidden)
-        if sublayer is not Sublayer.ATTENTION:
-            share = 1
-        return base + units * share * self._at([t.units[index] for t in self.times], hidden)
+        return base + units * self._at([times.units[index] for times in self.times], hidden)
 
     def corrected(self, shape: Shape, found: float) -> LatencyCost:
         """The same times in proportion, such that this shape takes what was found."""
@@ -85,7 +84,7 @@ class LatencyCost(Cost):
         sizes = torch.tensor(self.sizes, dtype=torch.float64, device=at.device)
         known = self.factor * torch.tensor(values, dtype=torch.float64, device=at.device)
         if len(sizes) == 1:
-            found = known.expand(at.shape) if at.dim() else known[0]
+            found = known[0].expand(at.shape)
         else:
             right = torch.searchsorted(sizes, at.detach().double()).clamp(1, len(sizes) - 1)
             slope = (known[right] - known[right - 1]) / (sizes[right] - sizes[right - 1])

@@ -41,10 +41,10 @@ def rotates(args: PruneArguments, source: Source) -> bool:
     return is_wanted and "hidden" in args.structures()
 
 
-def compute_dtype(args: PruneArguments, device: torch.device) -> torch.dtype:
-    """What the model computes in."""
-    if args.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, args.dtype)
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `--dtype` means on a device."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
         return dtype
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -74,7 +74,7 @@ def make_stopwatch(args: PruneArguments, source: Source, device: torch.device) -
     if is_deepspeed_zero3_enabled():
         raise UserError("--latency-ms: ZeRO-3 slices what is timed; use another launch file")
     architecture = pruned_architecture(args, source)
-    return Stopwatch(source, architecture, timed, compute_dtype(args, device), device)
+    return Stopwatch(source, architecture, timed, compute_dtype(args.dtype, device), device)
 
 
 def make_problem(
@@ -92,9 +92,7 @@ def make_problem(
         UserError: a budget that is not below what the model needs.
     """
     architecture = pruned_architecture(args, source)
-    round_to = args.multiple() or (64 if device.type == "cuda" else 1)
-    if args.round_to == "auto":
-        round_to = best_multiple(device, compute_dtype(args, device))
+    round_to = _round_to(args, device)
     first, *more = [
         *_params_limit(args, source, architecture),
         *_macs_limit(args, source),
@@ -103,6 +101,13 @@ def make_problem(
     return Problem(
         architecture, first.cost, first.budget, round_to, args.layout == "stock", tuple(more)
     )
+
+
+def _round_to(args: PruneArguments, device: torch.device) -> int:
+    """The multiple of `--round-to`, measured where that is asked for."""
+    if args.round_to == "auto":
+        return best_multiple(device, compute_dtype(args.dtype, device))
+    return args.multiple() or (64 if device.type == "cuda" else 1)
 
 
 def _params_limit(

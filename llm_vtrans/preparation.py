@@ -187,7 +187,7 @@ class Prepared:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return compute_dtype(self.args, self.accelerator.device)
+        return compute_dtype(self.args.dtype, self.accelerator.device)
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """The unfinished run in the output folder, if it is to be continued."""

@@ -12,6 +12,8 @@ from transformers.initialization import no_init_weights
 from llm_vtrans.families.base import Architecture, Family, Shape
 from llm_vtrans.loading import Source
 
+SPREAD = 0.02  # of random weights, as usual at the start of training
+
 
 def shaped_config(
     family: Family, config: Any, architecture: Architecture, shape: Shape, is_uniform: bool
@@ -34,6 +36,17 @@ def shaped_config(
     dense["tie_word_embeddings"] = architecture.tied_head is not None
     write = family.stock_config if is_uniform else family.per_layer_config
     return write(dense, shape)
+
+
+@torch.no_grad()
+def random_network(
+    source: Source, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """`empty_network` with numbers in it: for timing, where what they are plays no part."""
+    network = empty_network(source, config, dtype, device)
+    for parameter in network.parameters():
+        parameter.normal_(0, SPREAD)
+    return network
 
 
 def empty_network(

@@ -15,10 +15,9 @@ from llm_vtrans.latency import Pass
 from llm_vtrans.latency_cost import LatencyCost, Times, latency_cost
 from llm_vtrans.loading import Source
 from llm_vtrans.measurements import remembered
-from llm_vtrans.shaped import empty_network, shaped_config
+from llm_vtrans.shaped import random_network, shaped_config
 
 REPEATS = 2  # the faster one counts: what else runs on a machine only slows it
-SPREAD = 0.02  # of random weights: what they are plays no part, as long as they are numbers
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,9 @@ class Stopwatch:
         times = (Times(t["outside"], tuple(t["bases"]), tuple(t["units"])) for t in kept["times"])
         return LatencyCost(tuple(kept["sizes"]), tuple(times), kept["head_dim"], kept["factor"])
 
-    @torch.no_grad()
     def _measure(self, shape: Shape, is_uniform: bool = False) -> float:
         config = self._config(shape, is_uniform)
-        network = empty_network(self.source, config, self.dtype, self.device)
-        for parameter in network.parameters():
-            parameter.normal_(0, SPREAD)
+        network = random_network(self.source, config, self.dtype, self.device)
         return 1e6 * min(self.timed.milliseconds(network) for _ in range(REPEATS))
 
     def _config(self, shape: Shape, is_uniform: bool) -> dict[str, Any]:

@@ -13,23 +13,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from eval.speed.shapes import proportional_shape
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from eval.baselines.network import zeros
+from eval.speed.shapes import SHARD_SIZE, problem_of, proportional_shape
+from llm_vtrans.allocation import allocate_scores
 from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import UNIT_AXES
 from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.problem import Problem
 from llm_vtrans.reporting import peak_rss
 from llm_vtrans.rotation import Basis
 
+READ = "read every tensor"
 ROOT = Path(__file__).resolve().parents[2]
-SHARD_SIZE = 500_000_000
 
 
 def read(folder: Path, _: Path) -> None:
@@ -56,30 +56,21 @@ def export(folder: Path, out: Path, is_rotated: bool = False) -> None:
     """Exports random units at half of all parameters."""
     source = open_source(str(folder))
     architecture = source.architecture
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    problem = Problem(architecture, cost, Budget("params", dense // 2, dense), 1, True)
+    problem = problem_of(architecture, 0.5)
     shape = proportional_shape(architecture, problem)
-    counts = {
-        Axis.HIDDEN: [shape.hidden], Axis.HEADS: list(shape.heads), Axis.FFN: list(shape.ffn)
-    }  # fmt: skip
-    keep = {axis.value: _random_units(counts[axis], architecture.num_units[axis])
-            for axis in UNIT_AXES}  # fmt: skip
-    keep[Axis.HIDDEN.value] = keep[Axis.HIDDEN.value][0]
-    gate = {name: torch.ones(k.shape) for name, k in keep.items()}
-    gate["layers"] = torch.ones(architecture.num_layers, 2)
+    counts = (shape.hidden, shape.heads[0], shape.ffn[0])
+    draw = torch.Generator().manual_seed(0)
+    scores = {
+        name: torch.rand(empty.shape, generator=draw, dtype=torch.float64)
+        for name, empty in zeros(architecture, *UNIT_AXES).items()
+    }
+    fixed = dict(zip(UNIT_AXES, counts, strict=True))
+    plan = allocate_scores(scores, {}, replace(problem, fixed=fixed))
     size = architecture.num_units[Axis.HIDDEN]
     rotation = torch.linalg.qr(torch.randn(size, size))[0]
     basis = Basis.rotation(rotation) if is_rotated else None
-    pruning = Pruning(source.checkpoint, architecture, PrunePlan(keep, gate), basis)
+    pruning = Pruning(source.checkpoint, architecture, plan, basis)
     export_model(pruning, source.family, source.config, True, out, SHARD_SIZE)
-
-
-def _random_units(counts: list[int], num_units: int) -> torch.Tensor:
-    """As many units of each row, `(rows, num_units)` bool."""
-    draw = torch.Generator().manual_seed(0)
-    ranks = torch.rand(len(counts), num_units, generator=draw).argsort(1).argsort(1)
-    return ranks < torch.tensor(counts)[:, None]
 
 
 def export_rotated(folder: Path, out: Path) -> None:
@@ -88,7 +79,7 @@ def export_rotated(folder: Path, out: Path) -> None:
 
 
 PHASES: dict[str, Callable[[Path, Path], None]] = {
-    "read every tensor": read,
+    READ: read,
     "load": load,
     "copy the files": copy,
     "export of half": export,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from llm_vtrans.budget import Budget, dense_shape, parameter_cost
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
 from llm_vtrans.problem import Problem, uniform_shape
@@ -21,6 +22,7 @@ SIZES = {  # hidden, FFN, layers, heads
     "small": (1024, 2752, 12, 16),
     "160m": (768, 2048, 12, 12),
 }
+SHARD_SIZE = 500_000_000
 FINENESS = 2000  # steps in which a proportion is searched
 
 
@@ -35,7 +37,7 @@ def llama(
     )  # fmt: skip
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig, shard_size: int) -> None:
+def write_checkpoint(folder: Path, config: LlamaConfig, shard_size: int = SHARD_SIZE) -> None:
     """Random weights, with the embedded model's tokenizer.
 
     Args:
@@ -54,6 +56,14 @@ def write_checkpoint(folder: Path, config: LlamaConfig, shard_size: int) -> None
         weight = torch.empty(size, dtype=dtype)
         writer.write(name, weight.normal_(0, 0.02) if len(size) > 1 else weight.fill_(1))
     writer.close()
+
+
+def problem_of(architecture: Architecture, sparsity: float, round_to: int = 1) -> Problem:
+    """A budget over all parameters, in the stock layout."""
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    budget = Budget("params", int((1 - sparsity) * dense), dense)
+    return Problem(architecture, cost, budget, round_to, True)
 
 
 def proportional_shape(architecture: Architecture, problem: Problem) -> Shape:

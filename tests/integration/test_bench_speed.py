@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from eval.bench_speed import exponent
-from eval.speed.shapes import llama, proportional_shape, write_checkpoint
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from eval.speed.shapes import llama, problem_of, proportional_shape, write_checkpoint
 from llm_vtrans.loading import open_source
-from llm_vtrans.problem import Problem
 from llm_vtrans.shaped import empty_network, shaped_config
 from tests.runs import ROOT
 from tests.tiny import save_tiny
@@ -57,11 +55,9 @@ def test_the_exponent_is_that_of_a_power_law() -> None:
 def test_a_proportional_shape_uses_the_budget(name: str, share: float, tmp_path: Path) -> None:
     source = open_source(str(save_tiny(name, tmp_path)))
     architecture = source.architecture
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    problem = Problem(architecture, cost, Budget("params", int(share * dense), dense), 1, True)
+    problem = problem_of(architecture, 1 - share)
     shape = proportional_shape(architecture, problem)
     assert 0.5 < problem.used(shape) <= 1
     config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
     network = empty_network(source, config, torch.float32, torch.device("cpu"))
-    assert network.num_parameters() == cost.of(shape)
+    assert network.num_parameters() == problem.cost.of(shape)

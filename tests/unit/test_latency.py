@@ -19,7 +19,7 @@ from llm_vtrans.latency import Pass
 from llm_vtrans.latency_cost import AIM, LatencyCost, choose_in_time, latency_cost, table_sizes
 from llm_vtrans.loading import open_source
 from llm_vtrans.planning import make_problem, make_stopwatch
-from llm_vtrans.problem import Problem
+from llm_vtrans.problem import Problem, check_reachable
 from llm_vtrans.rounding import MULTIPLES, best_multiple
 from tests.tiny import save_tiny
 from tests.unit.test_allocation import (
@@ -155,8 +155,6 @@ def test_bad_passes(text: str) -> None:
 def test_bad_budgets(
     given: dict[str, float], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_vtrans.problem import check_reachable
-
     monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
     with pytest.raises(UserError, match=message):
         args = PruneArguments(model=str(save_tiny("llama", tmp_path)), seq_len=8, **given)
