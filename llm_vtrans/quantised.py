@@ -69,6 +69,8 @@ def set_quantised(
             module = bnb.Linear4bit(
                 *sizes, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
+            # The layout it takes for inference on such processors loses gradients for good.
+            module.support_avx512bf16_for_cpu = False
         packed = bnb.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4")
         packed.module = module
     else:

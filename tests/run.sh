@@ -5,8 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt \
-    --editable ".[deepspeed,dev,tensorboard]" ||
-    echo "tests: no DeepSpeed or TensorBoard here, their tests will be skipped" >&2
+    --editable ".[bitsandbytes,deepspeed,dev,tensorboard]" ||
+    echo "tests: no bitsandbytes, DeepSpeed or TensorBoard here, their tests will be skipped" >&2
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy llm_vtrans eval

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import kl_div
 
 from llm_vtrans.attachment import LINEAR_HEADS, MaskedModel
 from llm_vtrans.distillation import SelfDistillation
@@ -13,6 +14,26 @@ from llm_vtrans.rotation import rotated_architecture
 from llm_vtrans.tuning import Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 from tests.unit.test_exactness import inputs_for
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (3, 4, 11)])
+def test_loss_is_the_divergence(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(shape).to(dtype) for _ in range(2))
+    if len(shape) == 1:
+        student, teacher = student[None], teacher[None]
+    student.requires_grad_()
+    kept = student.detach().clone(), teacher.clone()
+    found = distillation_loss(student, teacher)
+    rows = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    log_student, log_teacher = (row.log_softmax(-1) for row in rows)
+    expected = kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(5 * loss, student)[0] for loss in (found, expected)]
+    assert grads[0].dtype == dtype
+    torch.testing.assert_close(*grads)
+    assert torch.equal(student, kept[0]) and torch.equal(teacher, kept[1])
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB_SIZE, 10**6])
