@@ -82,7 +82,10 @@ def main() -> None:
             width = 2 if args.dtype == "bfloat16" else 4
             work = Workload(args.batch_size, args.seq_len, 1, width, **SET_UPS[set_up])
             planned = estimate_memory(architecture, VOCAB_SIZE, work, CPU_PROCESS_BYTES, 0.5)
-            estimates = {"load": planned.load, "tune": planned.train, "score": planned.export}
+            estimates = {
+                "load": planned.load, "tune": planned.train, "export": planned.export,
+                "score": planned.score,
+            }  # fmt: skip
             phases = run(folder, Path(scratch) / "out", set_up, args)
             for name, phase in phases.items():
                 peak, estimate = phase["peak_rss"] / GIB, estimates.get(name, 0) / GIB

@@ -346,10 +346,11 @@ class Job(Prepared):
         """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
         is_main, hashes = self.accelerator.is_main_process, {}
         with self.output if is_main else nullcontext(Path()) as folder:
-            if is_main:
-                hashes = self._write_weights(folder)
-            del self.masked, self.distillation
-            self.accelerator.free_memory()  # the dense model goes before its successor is loaded
+            with self._pruning() if is_main else nullcontext() as pruning:
+                del self.masked, self.distillation  # what is written is cut from files
+                self.accelerator.free_memory()
+                if pruning is not None:
+                    hashes = self._write_weights(folder, pruning)
             written = Path(broadcast_object_list([str(folder)])[0])
             if self.args.recovers:
                 hashes = recover_checkpoint(self, written, hashes)
@@ -362,9 +363,9 @@ class Job(Prepared):
             remove_state(self.output.path)
         self.accelerator.wait_for_everyone()
 
-    def _write_weights(self, folder: Path) -> dict[str, str]:
+    def _write_weights(self, folder: Path, pruning: Pruning) -> dict[str, str]:
         args = self.args
-        with self.reporter.phase("export"), self._pruning() as pruning:
+        with self.reporter.phase("export"):
             hashes = export_model(
                 pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
                 args.shard_bytes(),

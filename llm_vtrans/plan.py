@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import AutoConfig
 
 from llm_vtrans.arguments import SIZES, SUFFIXES
@@ -150,13 +151,16 @@ def plan(arguments: list[str]) -> None:
     architecture = family_for(config.model_type).describe(config)
     seq_len = min(args.seq_len or 512, architecture.max_positions)
     dtype = args.dtype or ("bfloat16" if args.gpus else "float32")
-    work = Workload(args.batch_size, seq_len, max(1, args.gpus), dtype_bytes=DTYPE_BYTES[dtype])
+    stored = config.dtype or torch.float32  # what configs that do not say mean
+    work = Workload(
+        args.batch_size, seq_len, max(1, args.gpus), DTYPE_BYTES[dtype], stored.itemsize
+    )
     _print_model(args, config, architecture, seq_len)
     base = GPU_PROCESS_BYTES if args.gpus else CPU_PROCESS_BYTES
     limit = _number("--gpu-memory", args.gpu_memory, SIZES) if args.gpus else 0.0
     host = _host_memory(args.host_memory)
     rows: list[tuple[str, ...]] = [
-        ("launch/accelerate/", "load", "train", "export", "host", "time", "fits")
+        ("launch/accelerate/", "load", "train", "export", "score", "host", "time", "fits")
     ]
     first: Launch | None = None
     for launch in launches(work, args.gpus):
@@ -214,6 +218,7 @@ def _row(
     peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * launch.work.num_ranks
     seconds = training_flops(architecture, launch.work, args.samples) / peak
     host = describe_bytes(_host_bytes(architecture, launch)) if args.gpus else "-"
-    sizes = (describe_bytes(size) for size in (memory.load, memory.train, memory.export))
+    phases = (memory.load, memory.train, memory.export, memory.score)
+    sizes = (describe_bytes(size) for size in phases)
     name = f"{launch.file} {launch.flags}".rstrip()
     return (name, *sizes, host, f"{seconds:,.0f} s", "yes" if fits else "no")

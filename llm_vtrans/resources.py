@@ -1,7 +1,6 @@
 """What a run needs before it is started: memory of a rank in each phase, operations, seconds.
 
-Everything is counted from the family's tensor table. Two figures are not: what the process
-itself holds, and how much of an activation the backward pass keeps.
+Everything is counted from the family's tensor table, but for what the process itself holds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from llm_vtrans.tuning import num_maps
 GIB = 2**30
 CPU_PROCESS_BYTES = int(0.45 * GIB)  # python, torch, transformers, datasets: measured when idle
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
-LOGIT_COPIES = 5  # student, teacher, two log-softmaxes and their gradient, of one chunk
+QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
 BYTES_4BIT = 0.5 + 1 / 16  # a float32 scale for each block of 64
 
@@ -31,6 +30,7 @@ class Workload:
         seq_len: tokens in a sequence.
         num_ranks: processes.
         dtype_bytes: of a parameter and an activation.
+        stored_bytes: of a parameter in the checkpoint.
         recomputes: `--gradient-checkpointing`.
         form: `full`, `4bit` or `8bit`.
         is_sliced: ZeRO-3.
@@ -41,6 +41,7 @@ class Workload:
     seq_len: int
     num_ranks: int = 1
     dtype_bytes: int = 2
+    stored_bytes: int = 2
     recomputes: bool = False
     form: str = "full"
     is_sliced: bool = False
@@ -59,17 +60,19 @@ class Memory:
     Attributes:
         load: the weights and a tensor on its way.
         train: weights, activations, masks.
-        export: rank zero's, writing and then loading the result.
+        export: rank zero's, writing the result.
+        score: the result, loaded.
     """
 
     load: int
     train: int
     export: int
+    score: int
 
     @property
     def peak(self) -> int:
         """The largest of the phases."""
-        return max(self.load, self.train, self.export)
+        return max(self.load, self.train, self.export, self.score)
 
 
 def weight_bytes(architecture: Architecture, work: Workload) -> int:
@@ -132,24 +135,28 @@ def estimate_memory(
         base: bytes that the process holds before it loads anything.
         kept_share: of the weights, in the result.
     """
+    base += QUANTISED_PROCESS_BYTES if work.form != "full" else 0
     weights = base + weight_bytes(architecture, work)
     largest = max(prod(spec.shape) for spec in architecture.tensors)
     gathered = largest_layer_bytes(architecture, work) if work.is_sliced else 0
-    chunk = min(CHUNK_LOGITS, work.tokens * vocab_size)
     hidden = architecture.num_units[Axis.HIDDEN]
     trained = max(2 * num_masks(architecture), num_maps(architecture) * hidden**2)
-    state = trained * 4 * ADAM_COPIES
     kept = work.tokens * (activation_bytes_per_token(architecture, work) + 3 * 4 * hidden)
-    # Perplexity of the held-out windows takes all logits of a batch in the model's dtype.
-    scored = work.tokens * vocab_size * work.dtype_bytes
-    train = max(int(kept) + chunk * 4 * LOGIT_COPIES + state, scored)
-    # Written with a matrix in float32 and its rotation; then the result is loaded and scored.
+    # Logits of student and teacher, and three intermediate results of their distance.
+    chunk = min(CHUNK_LOGITS, work.tokens * vocab_size) * (2 * work.dtype_bytes + 3 * 4)
+    # Perplexity of held-out windows: all logits of a batch and their logarithms in float32.
+    widened = 4 if work.dtype_bytes == 4 else 4 + 4
+    scored = work.tokens * vocab_size * (work.dtype_bytes + widened)
+    train = max(int(kept) + chunk + trained * 4 * ADAM_COPIES, scored)
     result = kept_share * weight_bytes(architecture, replace(work, form="full"))
-    export = max(4 * hidden**2 + 3 * 4 * largest, int(result) + gathered + scored)
+    # Files are mapped while they are read, and stay mapped where nothing is converted.
+    read = 0 if work.dtype_bytes == work.stored_bytes else result / work.dtype_bytes
     return Memory(
         load=weights + work.dtype_bytes * largest,
         train=weights + gathered + train,
-        export=base + export,
+        # A matrix in float32, rotated, and the rotation.
+        export=base + 4 * hidden**2 + 3 * 4 * largest,
+        score=base + int(result) + gathered + max(int(read * work.stored_bytes), scored),
     )
 
 
