@@ -154,8 +154,8 @@ def estimate_memory(
     return Memory(
         load=weights + work.dtype_bytes * largest,
         train=weights + gathered + train,
-        # A matrix in float32, rotated, and the rotation.
-        export=base + 4 * hidden**2 + 3 * 4 * largest,
+        # A matrix in float32, what becomes of it, and the rotation.
+        export=base + 4 * hidden**2 + 2 * 4 * largest,
         score=base + int(result) + gathered + max(int(read * work.stored_bytes), scored),
     )
 
