@@ -14,7 +14,7 @@ from llm_vtrans.families.base import Architecture, Axis, Sublayer
 from llm_vtrans.tuning import num_maps
 
 GIB = 2**30
-CPU_PROCESS_BYTES = int(0.45 * GIB)  # python, torch, transformers, datasets: measured when idle
+CPU_PROCESS_BYTES = int(0.42 * GIB)  # python, torch, transformers, datasets: of a run without a model
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
 QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
