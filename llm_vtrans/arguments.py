@@ -33,6 +33,14 @@ def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> An
     return field(default=default, metadata=metadata)
 
 
+class Count(int):
+    """What makes a plain number of a flag that may also be `auto`: 0."""
+
+    def __new__(cls, value: str | int) -> Any:
+        """From a flag or a number."""
+        return 0 if value == "auto" else int(value)
+
+
 @dataclass
 class PruneArguments:
     """Options of `llm-vtrans prune`; a YAML recipe has the same names."""
@@ -142,8 +150,10 @@ class PruneArguments:
     seq_len: int | None = _option(
         None, "Tokens in a sequence. Default 512, or the model's context if that is shorter."
     )
-    batch_size: int = _option(
-        0, "Sequences per rank and micro-batch. 0, the default: as many as make up 2,048 tokens."
+    batch_size: Count = _option(  # noqa: RUF009  # a field, as all others
+        0,
+        "Sequences per rank and micro-batch. 0 or auto, the default: as many of a step's as fit "
+        "into memory, of 2,048 tokens times --gradient-accumulation; that is raised for more.",
     )
     gradient_accumulation: int = _option(1, "Micro-batches per optimizer step.")
     seed: int = _option(0, "Seed of masks, noise and data order.")
@@ -335,7 +345,7 @@ class PruneArguments:
             seq_len: tokens in a sequence.
             num_ranks: processes of the launch.
         """
-        args = replace(self, batch_size=self.batch_size or max(1, STEP_TOKENS // seq_len))
+        args = replace(self, batch_size=Count(self.batch_size or max(1, STEP_TOKENS // seq_len)))
         whole = NUM_STEPS[self.variant] * args.global_batch(num_ranks)
         return replace(args, samples=args.samples or whole)
 

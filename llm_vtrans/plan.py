@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,15 +23,16 @@ from llm_vtrans.reporting import table
 from llm_vtrans.resources import (
     CPU_PROCESS_BYTES,
     GPU_PROCESS_BYTES,
+    MARGIN,
     Memory,
     Workload,
     describe_bytes,
     estimate_memory,
+    host_memory,
     training_flops,
     weight_bytes,
 )
 
-MARGIN = 0.9  # of a device's memory: allocators fragment
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -128,15 +128,6 @@ def read_config(name: str, revision: str | None) -> Any:
         raise UserError(f"--model {name}: its config cannot be read ({reason})") from error
 
 
-def _host_memory(text: str | None) -> float:
-    if text is not None:
-        return _number("--host-memory", text, SIZES)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("give --host-memory: this system does not tell its memory")
-
-
 def plan(arguments: list[str]) -> None:
     """Prints what a run would take.
 
@@ -158,7 +149,7 @@ def plan(arguments: list[str]) -> None:
     _print_model(args, config, architecture, seq_len)
     base = GPU_PROCESS_BYTES if args.gpus else CPU_PROCESS_BYTES
     limit = _number("--gpu-memory", args.gpu_memory, SIZES) if args.gpus else 0.0
-    host = _host_memory(args.host_memory)
+    host = _number("--host-memory", args.host_memory, SIZES) if args.host_memory else host_memory()
     rows: list[tuple[str, ...]] = [
         ("launch/accelerate/", "load", "train", "export", "score", "host", "time", "fits")
     ]

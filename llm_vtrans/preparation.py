@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.batch_fit import split_step
 from llm_vtrans.budget import Cost, mac_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture
@@ -105,7 +106,8 @@ class Prepared:
         source = open_source(args.model, args.revision)
         check_recoverable(args, source)
         seq_len = window_length(args, source)
-        args = args.filled(seq_len, accelerator.num_processes)
+        is_open, args = not args.batch_size, args.filled(seq_len, accelerator.num_processes)
+        args = split_step(args, source, seq_len, accelerator) if is_open else args
         stopwatch = make_stopwatch(args, source, accelerator.device)
         with reporter.phase("timing") if stopwatch else nullcontext():
             problem = make_problem(args, source, accelerator.device, stopwatch)

@@ -5,16 +5,20 @@ Everything is counted from the family's tensor table, but for what the process i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 
 from llm_vtrans.budget import dense_shape, mac_cost
 from llm_vtrans.distillation_loss import CHUNK_LOGITS
+from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Architecture, Axis, Sublayer
 from llm_vtrans.tuning import num_maps
 
 GIB = 2**30
-CPU_PROCESS_BYTES = int(0.42 * GIB)  # python, torch, transformers, datasets: of a run without a model
+MARGIN = 0.9  # of a device's memory: allocators fragment
+CPU_PROCESS_BYTES = int(0.42 * GIB)  # python, torch, transformers, datasets at work, no model
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
 QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
@@ -35,6 +39,7 @@ class Workload:
         form: `full`, `4bit` or `8bit`.
         is_sliced: ZeRO-3.
         is_offloaded: the slices lie in host memory.
+        trains_weights: in float32, beside a frozen teacher.
     """
 
     batch_size: int
@@ -46,6 +51,7 @@ class Workload:
     form: str = "full"
     is_sliced: bool = False
     is_offloaded: bool = False
+    trains_weights: bool = False
 
     @property
     def tokens(self) -> int:
@@ -73,6 +79,19 @@ class Memory:
     def peak(self) -> int:
         """The largest of the phases."""
         return max(self.load, self.train, self.export, self.score)
+
+
+def host_memory() -> int:
+    """Of this machine, in bytes.
+
+    Raises:
+        UserError: the system does not tell.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    raise UserError("this system does not tell its memory: give --host-memory or --batch-size")
 
 
 def weight_bytes(architecture: Architecture, work: Workload) -> int:
@@ -141,6 +160,7 @@ def estimate_memory(
     gathered = largest_layer_bytes(architecture, work) if work.is_sliced else 0
     hidden = architecture.num_units[Axis.HIDDEN]
     trained = max(2 * num_masks(architecture), num_maps(architecture) * hidden**2)
+    trained += architecture.num_parameters if work.trains_weights else 0
     kept = work.tokens * (activation_bytes_per_token(architecture, work) + 3 * 4 * hidden)
     # Logits of student and teacher, and three intermediate results of their distance.
     chunk = min(CHUNK_LOGITS, work.tokens * vocab_size) * (2 * work.dtype_bytes + 3 * 4)

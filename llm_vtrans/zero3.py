@@ -25,6 +25,12 @@ def is_partitioned(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def is_offloaded(accelerator: Accelerator) -> bool:
+    """Whether the slices of parameters lie in host memory or on disk."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.offload_param_device not in (None, "none")
+
+
 def configure(accelerator: Accelerator, dtype: torch.dtype, batch_size: int) -> None:
     """Completes DeepSpeed's configuration; models built from then on are born partitioned.
 
