@@ -7,6 +7,7 @@ bash launch/setup.sh
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt \
     --editable ".[bitsandbytes,deepspeed,dev,tensorboard]" ||
     echo "tests: no bitsandbytes, DeepSpeed or TensorBoard here, their tests will be skipped" >&2
+bash tests/slurm/setup.sh || echo "tests: no SLURM here, its tests will be skipped" >&2
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy llm_vtrans eval
