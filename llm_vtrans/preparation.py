@@ -106,8 +106,10 @@ class Prepared:
         source = open_source(args.model, args.revision)
         check_recoverable(args, source)
         seq_len = window_length(args, source)
-        is_open, args = not args.batch_size, args.filled(seq_len, accelerator.num_processes)
-        args = split_step(args, source, seq_len, accelerator) if is_open else args
+        is_given = bool(args.batch_size)
+        args = args.filled(seq_len, accelerator.num_processes)
+        if not is_given:
+            args = split_step(args, source, seq_len, accelerator)
         stopwatch = make_stopwatch(args, source, accelerator.device)
         with reporter.phase("timing") if stopwatch else nullcontext():
             problem = make_problem(args, source, accelerator.device, stopwatch)
