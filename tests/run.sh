@@ -11,5 +11,6 @@ bash tests/slurm/setup.sh || echo "tests: no SLURM here, its tests will be skipp
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy llm_vtrans eval
-# One thread for each of two workers: the tests are many small processes.
-OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses 2 --dist loadfile "$@"
+# One thread for each of two workers: the tests are many small processes. Files keep their order:
+# the long ones are not left for the end.
+OMP_NUM_THREADS=1 .venv/bin/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
