@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_vtrans.attachment import PROJECTORS, presence
+from llm_vtrans.attachment import KEPT_HIDDEN, PROJECTORS, presence
 from llm_vtrans.budget import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Place, Shape, Sublayer
@@ -72,6 +72,7 @@ class PrunePlan:
         kept = {"hidden": self.keep[Axis.HIDDEN], "layers": present}
         return {
             **hard,
+            KEPT_HIDDEN: torch.nonzero(self.keep[Axis.HIDDEN]).flatten(),
             "layers": self.gate["layers"] * present,
             **presence(kept, len(present)),
         }

@@ -35,6 +35,7 @@ from llm_vtrans.tuning import INPUT, OUTPUT, Tuning
 # Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
 PRESENT_HIDDEN = "hidden.present"
 PRESENT_LAYERS = "layers.present"
+KEPT_HIDDEN = "hidden.kept"  # indices of the hidden dimensions that stay, once that is settled
 # Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
 PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
 
@@ -73,14 +74,27 @@ def apply_gate(x: Tensor, gate: Tensor) -> Tensor:
     return gated
 
 
-def apply_map(x: Tensor, matrix: Tensor) -> Tensor:
-    """Maps activations, gates folded into the map: that is small, the activations are not.
+def map_read(stream: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
+    """Maps what is read from the stream; dimensions that went are zero in it and cost nothing.
 
     Args:
-        x: `(..., width)` in the model's dtype.
-        matrix: `(width, width)` float32.
+        stream: `(..., width)` in the model's dtype.
+        matrix: `(width, width)` float32, factors folded in: it is small, activations are not.
+        kept: `(num_kept,)` indices; None for all.
     """
-    return nn.functional.linear(x, matrix.to(x.dtype))
+    if kept is not None:
+        stream, matrix = stream.index_select(-1, kept), matrix.index_select(1, kept)
+    return nn.functional.linear(stream, matrix.to(stream.dtype))
+
+
+def map_written(output: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
+    """Maps what is written to the stream, as `map_read`; zeros in the dimensions that went."""
+    if kept is not None:
+        matrix = matrix.index_select(0, kept)
+    mapped = nn.functional.linear(output, matrix.to(output.dtype))
+    if kept is None:
+        return mapped
+    return torch.zeros_like(output).index_copy_(-1, kept, mapped)
 
 
 def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tensor:
@@ -248,15 +262,17 @@ class MaskedModel(nn.Module):
                 return None
             scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec.place, layer)
             if matrix is not None:
-                return apply_map(output, matrix if scale is None else matrix * scale)
+                matrix = matrix if scale is None else matrix * scale
+                return map_read(output, matrix, self._gates.get(KEPT_HIDDEN))
             return None if scale is None else apply_gate(output, scale)
 
         return hook
 
     def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            matrix = self.tuning.map(spec.place, layer) if self._gates is not None else None
-            return None if matrix is None else (apply_map(args[0], matrix), *args[1:])
+            if self._gates is None or (matrix := self.tuning.map(spec.place, layer)) is None:
+                return None
+            return (map_read(args[0], matrix, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
         return hook
 
@@ -273,7 +289,8 @@ class MaskedModel(nn.Module):
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             matrix = self.tuning.map(spec.place, layer)
             if matrix is not None:
-                output = apply_map(output, matrix if factor is None else factor[:, None] * matrix)
+                matrix = matrix if factor is None else factor[:, None] * matrix
+                output = map_written(output, matrix, gates.get(KEPT_HIDDEN))
             elif factor is not None:
                 output = apply_gate(output, factor)
             if spec.stream is Stream.JOINS and part is not None and PRESENT_LAYERS in gates:
@@ -299,7 +316,8 @@ class MaskedModel(nn.Module):
             output = output if factor is None else apply_gate(output, factor)
             if not is_stream:
                 matrix = self.tuning.map(spec.place, layer)
-                return output if matrix is None else apply_map(output, matrix)
+                kept = gates.get(KEPT_HIDDEN)
+                return output if matrix is None else map_read(output, matrix, kept)
             if part is not None and PRESENT_LAYERS in gates:
                 # Without the norm the noise of an absent sub-layer would stay in the stream.
                 before = args[0] - self._added.pop((layer, part))

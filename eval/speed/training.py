@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_vtrans.allocation import PrunePlan
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.budget import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
+from llm_vtrans.choosing import hard_gates
 from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.distillation_loss import distillation_loss
+from llm_vtrans.families.base import UNIT_AXES
 from llm_vtrans.latency import median_ms
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.masks import VIBMasks
@@ -53,11 +56,11 @@ class Bench:
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
         limits = (Limit(cost, Budget("params", dense // 2, dense)),)
         self.objective = SearchObjective(student, masks, limits, settings).to(self.device)
-        ones = complete({"layers": torch.ones(1, 1, device=self.device)}, architecture)
-        half = ones["hidden"].clone()
-        half[::2] = 0  # as a plan of half the size has it
-        ones["hidden"] = half
-        self.tune_objective = TuneObjective(student, ones, 0.0, settings).to(self.device)
+        ones = complete({"layers": torch.ones(1, 1)}, architecture)
+        keep = {axis.value: ones[axis].bool() for axis in UNIT_AXES}
+        keep["hidden"][::2] = False  # of the size of a plan that removes half
+        gates = hard_gates(PrunePlan(keep, ones), self.device)
+        self.tune_objective = TuneObjective(student, gates, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.attachment import MaskedModel, map_read, map_written
 from llm_vtrans.budget import complete
 from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.families import Architecture, Axis, family_for
@@ -112,3 +114,24 @@ def test_layers_share_maps_as_far_as_they_must(
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("gpt2").maps) == num - 2  # not rotated
+
+
+@given(st.integers(2, 6), st.data())
+def test_dimensions_that_went_change_no_map(width: int, data: st.DataObject) -> None:
+    """Value and gradients are those of the whole map between gates of one and zero."""
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=1))))
+    gate = torch.zeros(width, dtype=torch.float64).index_fill_(0, kept, 1)
+    generator = torch.Generator().manual_seed(width)
+    stream, matrix, back = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 3, width), (width, width), (2, 3, width))
+    )
+    for x, mapped, whole in (
+        (stream * gate, map_read, lambda x, m: (x * gate) @ m.T),
+        (stream, map_written, lambda x, m: (x @ m.T) * gate),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (x, matrix)]
+        value, expected = mapped(*inputs, kept), whole(*inputs)
+        torch.testing.assert_close(value, expected)
+        found = torch.autograd.grad(value, inputs, back)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, back))
