@@ -69,10 +69,11 @@ class PrunePlan:
         if self.head_dim is not None and self.basis is not None:
             projectors = self.basis.projectors(self.head_dim)
             hard |= {PROJECTORS[role]: maps for role, maps in projectors.items()}
+        if not self.keep[Axis.HIDDEN].all():
+            hard[KEPT_HIDDEN] = torch.nonzero(self.keep[Axis.HIDDEN]).flatten()
         kept = {"hidden": self.keep[Axis.HIDDEN], "layers": present}
         return {
             **hard,
-            KEPT_HIDDEN: torch.nonzero(self.keep[Axis.HIDDEN]).flatten(),
             "layers": self.gate["layers"] * present,
             **presence(kept, len(present)),
         }
