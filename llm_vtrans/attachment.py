@@ -94,7 +94,7 @@ def map_written(output: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
     mapped = nn.functional.linear(output, matrix.to(output.dtype))
     if kept is None:
         return mapped
-    return torch.zeros_like(output).index_copy_(-1, kept, mapped)
+    return mapped.new_zeros(output.shape).index_copy_(-1, kept, mapped)
 
 
 def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tensor:

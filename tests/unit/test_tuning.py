@@ -135,3 +135,11 @@ def test_dimensions_that_went_change_no_map(width: int, data: st.DataObject) -> 
         torch.testing.assert_close(value, expected)
         found = torch.autograd.grad(value, inputs, back)
         torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, back))
+
+
+def test_maps_follow_autocast() -> None:
+    """Where weights are trained in bfloat16, what embeddings write is still float32."""
+    output, matrix, kept = torch.ones(1, 2, 4), torch.eye(4), torch.tensor([0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert map_written(output, matrix, kept).dtype == torch.bfloat16
+        assert map_written(output, matrix, None).dtype == torch.bfloat16
