@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from llm_vtrans.allocation import PrunePlan, allocate_scores, scores_and_gates
+from llm_vtrans.allocation import PrunePlan, allocate, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis, Place
 from llm_vtrans.masks import VIBMasks
@@ -25,6 +25,8 @@ from llm_vtrans.problem import TOLERANCE, Problem
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
 BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
+
+Found = tuple[PrunePlan, float]  # with its loss
 
 
 def candidates(
@@ -155,7 +157,7 @@ def choose(
     loss: Callable[[PrunePlan], float],
     oblique: ObliqueBasis | None = None,
 ) -> tuple[PrunePlan, float]:
-    """The candidate of lowest loss, and that loss.
+    """The candidate of lowest loss, or what lies beyond it and loses less; and that loss.
 
     Args:
         masks: trained masks.
@@ -166,7 +168,47 @@ def choose(
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    plans = enumerate(candidates(masks, problem, oblique))
-    losses = ((loss(plan), number, plan) for number, plan in plans)
-    least, _, plan = min(losses, key=lambda entry: entry[:2])
-    return plan, least
+    found = _least(candidates(masks, problem, oblique), loss)
+    assert found is not None  # there is one, or an error was raised
+    if Axis.HIDDEN in masks.names():
+        best = allocate(masks, problem)
+        for ratio in HIDDEN_RATIOS:
+            found = _walk(found, ratio, best, masks, problem, loss, oblique)
+    return found
+
+
+def _least(plans: Iterable[PrunePlan], loss: Callable[[PrunePlan], float]) -> Found | None:
+    """The first plan of lowest loss, and that loss."""
+    return min(((plan, loss(plan)) for plan in plans), key=lambda found: found[1], default=None)
+
+
+def _walk(
+    found: Found,
+    ratio: float,
+    best: PrunePlan,
+    masks: VIBMasks,
+    problem: Problem,
+    loss: Callable[[PrunePlan], float],
+    oblique: ObliqueBasis | None,
+) -> Found:
+    """On to smaller or larger hidden sizes, by this ratio, as long as less is lost.
+
+    The masks may have settled far from the best balance of hidden dimensions and other units.
+    """
+    scores, gate = scores_and_gates(masks)
+    allowed = problem.counts(Axis.HIDDEN, True)
+    while True:
+        plan, least = found
+        size = plan.shape.hidden
+        further = [count for count in allowed if (count > size) == (ratio > 1) and count != size]
+        if not further:
+            return found
+        size = min(further, key=lambda count: abs(count - ratio * size))
+        plans = _of_sizes({Axis.HIDDEN: size}, _ways(scores, best), gate, best, problem)
+        if oblique is not None:
+            maps = oblique.maps(size)
+            plans = (_in_basis(plan, maps) for plan in plans)
+        there = _least(plans, loss)
+        if there is None or there[1] >= least:
+            return found
+        found = there
