@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_vtrans.families.base import UNIT_AXIS, Axis, Shape, Sublayer
 from llm_vtrans.problem import TOLERANCE, Problem, uniform_shape
@@ -94,116 +94,133 @@ class _Blocks:
     """Units gathered into rounding blocks, in the order in which they are taken."""
 
     benefit: Tensor  # (num_blocks,)
-    is_ffn: Tensor  # (num_blocks,) bool
+    part: Tensor  # (num_blocks,) position of the sub-layer
     layer: Tensor  # (num_blocks,)
     size: Tensor  # (num_blocks,) units in the block
     num_forced: int  # leading blocks that every plan contains
 
 
 def _blocks(ranking: Ranking, problem: Problem) -> _Blocks:
-    rows: list[tuple[float, float, int, int, int]] = []  # order, benefit, ffn?, layer, size
+    columns: list[tuple[Tensor, ...]] = []  # order, benefit, sub-layer, layer, size
     for index, part in enumerate(Sublayer):
         axis = UNIT_AXIS[part]
         units = problem.architecture.num_units[axis]
         step = min(problem.multiple(axis), units) if axis.value in ranking.pruned else units
-        for layer in torch.nonzero(ranking.present[:, index]).flatten().tolist():
-            order = ranking.scores[axis][layer].argsort(descending=True)
-            for rank, chunk in enumerate(order.split(step)):
-                score = torch.inf if rank == 0 else float(ranking.scores[axis][layer][chunk].mean())
-                benefit = float(ranking.benefits[axis][layer][chunk].sum())
-                rows.append((score, benefit, index, layer, len(chunk)))
-    rows.sort(key=lambda row: -row[0])
-    columns = list(zip(*rows, strict=True))
+        num = -(-units // step)
+        size = torch.full((num,), step).index_fill_(
+            0, torch.tensor(num - 1), units - (num - 1) * step
+        )
+        layers = torch.nonzero(ranking.present[:, index]).flatten()
+        scores, order = ranking.scores[axis][layers].sort(dim=1, descending=True, stable=True)
+        benefits = ranking.benefits[axis][layers].gather(1, order)
+        sums = [
+            nn.functional.pad(values, (0, num * step - units)).view(-1, num, step).sum(2)
+            for values in (scores, benefits)
+        ]
+        means = sums[0] / size
+        means[:, 0] = torch.inf
+        grid = means.shape
+        columns.append(
+            (
+                means.flatten(),
+                sums[1].flatten(),
+                torch.full_like(means, index, dtype=torch.long).flatten(),
+                layers[:, None].expand(grid).flatten(),
+                size.expand(grid).flatten(),
+            )
+        )
+    means, benefit, parts, layer, size = map(torch.cat, zip(*columns, strict=True))
+    ranks = means.argsort(descending=True, stable=True)
     return _Blocks(
-        benefit=torch.tensor(columns[1], dtype=torch.float64),
-        is_ffn=torch.tensor(columns[2]).bool(),
-        layer=torch.tensor(columns[3]),
-        size=torch.tensor(columns[4]),
-        num_forced=sum(row[0] == torch.inf for row in rows),
+        benefit[ranks], parts[ranks], layer[ranks], size[ranks], int(means.isposinf().sum())
     )
+
+
+class _Spending:
+    """What the leading blocks cost, under every limit and for each of some hidden sizes."""
+
+    def __init__(self, blocks: _Blocks, hidden: Tensor, present: Tensor, problem: Problem) -> None:
+        self._units = [(blocks.size * (blocks.part == i)).cumsum(0) for i in range(len(Sublayer))]
+        self._rows: list[tuple[float, Tensor, list[Tensor]]] = []  # target, fixed, prices
+        for limit in problem.limits:
+            fixed, prices = torch.as_tensor(limit.cost.outside(hidden)), []
+            for index, part in enumerate(Sublayer):
+                base = limit.cost.part(part, hidden, 0)
+                prices.append(limit.cost.part(part, hidden, 1) - base)
+                fixed = fixed + int(present[:, index].sum()) * base
+            self._rows.append((limit.budget.target, fixed, prices))
+
+    def left(self, num: Tensor) -> Tensor:
+        """What every limit leaves after this many blocks, `(num_limits, num_hidden_sizes)`."""
+        units = [part[num - 1] for part in self._units]
+        return torch.stack(
+            [
+                target
+                - fixed
+                - sum(price * count for price, count in zip(prices, units, strict=True))
+                for target, fixed, prices in self._rows
+            ]
+        )
+
+    def num_within(self, num_blocks: int) -> Tensor:
+        """Leading blocks that every limit admits, `(num_hidden_sizes,)`, by bisection."""
+        low = torch.zeros_like(self._rows[0][1], dtype=torch.long)
+        high = torch.full_like(low, num_blocks)
+        while bool((low < high).any()):
+            middle = (low + high + 1) // 2
+            fits = (self.left(middle) >= 0).all(0)
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+        return low
 
 
 def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
     """Counts free in every layer: for each hidden size the best-scored units that fit."""
     blocks = _blocks(ranking, problem)
-    units = {
-        Sublayer.ATTENTION: (blocks.size * ~blocks.is_ffn).cumsum(0),
-        Sublayer.FFN: (blocks.size * blocks.is_ffn).cumsum(0),
-    }
-    gains = blocks.benefit.cumsum(0)
-    hidden_options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in ranking.pruned)
-    best: tuple[tuple[bool, float], int, Tensor] | None = None
-    for hidden, hidden_gain in zip(
-        hidden_options, _hidden_gain(ranking.benefits, hidden_options).tolist(), strict=True
-    ):
-        rows = []
-        for limit in problem.limits:
-            row = torch.as_tensor(limit.cost.outside(hidden)).expand(len(gains))
-            for index, part in enumerate(Sublayer):
-                base = limit.cost.part(part, hidden, 0)
-                slope = limit.cost.part(part, hidden, 1) - base
-                row = row + int(ranking.present[:, index].sum()) * base + slope * units[part]
-            rows.append(row)
-        spent = torch.stack(rows)
-        num = _num_within(spent, problem)
-        if num < blocks.num_forced:
-            continue
-        # With every block taken nothing can fill what is left of the budget.
-        is_close = num < len(gains) or any(
-            row[-1].item() >= (1 - TOLERANCE) * limit.budget.target
-            for row, limit in zip(spent, problem.limits, strict=True)
-        )
-        rank = (is_close, hidden_gain + float(gains[num - 1]))
-        if best is None or rank > best[0]:
-            best = (rank, hidden, spent)
-    if best is None:
+    num_blocks = len(blocks.size)
+    options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in ranking.pruned)
+    spending = _Spending(blocks, torch.tensor(options), ranking.present, problem)
+    num = spending.num_within(num_blocks)
+    possible = num >= max(1, blocks.num_forced)
+    if not bool(possible.any()):
         return None
-    _, hidden, spent = best
-    return _fill(blocks, hidden, spent, problem)
+    # With every block taken nothing can fill what is left of the budget.
+    targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+    unused = spending.left(torch.full_like(num, num_blocks)) / targets
+    is_close = (num < num_blocks) | (unused <= TOLERANCE).any(0)
+    if bool((possible & is_close).any()):
+        possible &= is_close
+    gains = _hidden_gain(ranking.benefits, options) + blocks.benefit.cumsum(0)[num - 1]
+    best = int(gains.masked_fill(~possible, -torch.inf).argmax())
+    return _fill(blocks, options[best], int(num[best]), spending.left(num)[:, best], problem)
 
 
-def _num_within(spent: Tensor, problem: Problem) -> int:
-    """Leading blocks that every limit admits.
-
-    Args:
-        spent: cost of the first i + 1 blocks, `(num_limits, num_blocks)`.
-        problem: gives the limits.
-    """
-    targets = spent.new_tensor([[limit.budget.target] for limit in problem.limits])
-    return int(torch.searchsorted(spent, targets, right=True).min())
-
-
-def _fill(blocks: _Blocks, hidden: int, spent: Tensor, problem: Problem) -> Shape:
-    """Takes blocks in order while they fit, then any later one that still does."""
+def _fill(blocks: _Blocks, hidden: int, num: int, rooms: Tensor, problem: Problem) -> Shape:
+    """Takes the leading blocks, then any later one that still fits into what they leave."""
     limits = problem.limits
-    num = _num_within(spent, problem)
-    taken = list(range(num))
-    rooms = [limit.budget.target - spent[i, num - 1].item() for i, limit in enumerate(limits)]
-    prices = {
-        part: [
-            limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0) for limit in limits
-        ]
+    prices = [
+        [limit.cost.part(part, hidden, 1) - limit.cost.part(part, hidden, 0) for limit in limits]
         for part in Sublayer
-    }
-    closed: set[tuple[bool, int]] = set()  # after a block, only the next one of its row may follow
-    for i in range(num, spent.shape[1]):
-        row = bool(blocks.is_ffn[i]), int(blocks.layer[i])
-        part = Sublayer.FFN if blocks.is_ffn[i] else Sublayer.ATTENTION
-        left = [
-            room - price * int(blocks.size[i])
-            for room, price in zip(rooms, prices[part], strict=True)
-        ]
-        if min(left) >= 0 and row not in closed:
+    ]
+    left = rooms.tolist()
+    taken = list(range(num))
+    closed: set[tuple[int, int]] = set()  # after a block, only the next one of its row may follow
+    later = (column[num:].tolist() for column in (blocks.part, blocks.layer, blocks.size))
+    for i, (part, layer, size) in enumerate(zip(*later, strict=True), start=num):
+        if (part, layer) in closed:
+            continue
+        after = [room - price * size for room, price in zip(left, prices[part], strict=True)]
+        if min(after) >= 0:
             taken.append(i)
-            rooms = left
+            left = after
         else:
-            closed.add(row)
-    counts = torch.zeros(2, problem.architecture.num_layers, dtype=torch.long)
+            closed.add((part, layer))
+    counts = torch.zeros(len(Sublayer), problem.architecture.num_layers, dtype=torch.long)
     index = torch.tensor(taken)
     counts.index_put_(
-        (blocks.is_ffn[index].long(), blocks.layer[index]), blocks.size[index], accumulate=True
+        (blocks.part[index], blocks.layer[index]), blocks.size[index], accumulate=True
     )
-    return Shape(hidden, tuple(counts[0].tolist()), tuple(counts[1].tolist()))
+    heads, ffn = counts.tolist()
+    return Shape(hidden, tuple(heads), tuple(ffn))
 
 
 def _hidden_gain(benefits: Mapping[str, Tensor], counts: list[int]) -> Tensor:
