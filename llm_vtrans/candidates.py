@@ -24,6 +24,7 @@ from llm_vtrans.problem import TOLERANCE, Problem
 
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
+NUM_TRIED = 16  # hidden sizes at which a plan that uses the budget is looked for
 BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
 
 Found = tuple[PrunePlan, float]  # with its loss
@@ -115,6 +116,18 @@ def _ways(scores: dict[str, Tensor], best: PrunePlan) -> list[dict[str, Tensor]]
     return [scores, {name: score for name, score in scores.items() if name != "layers"}]
 
 
+def _one_layer_fewer(scores: dict[str, Tensor], best: PrunePlan) -> Iterator[dict[str, Tensor]]:
+    """The scores when the layer, or sub-layer, of lowest score goes, too; never the first."""
+    if "layers" not in scores or not bool(best.present[1:].any()):
+        return
+    layers = scores["layers"].clone()
+    gone = ~best.present if layers.shape[1] == 2 else ~best.present.any(1, keepdim=True)
+    left = layers.masked_fill(gone, torch.inf)
+    left[0] = torch.inf
+    layers.view(-1)[left.argmin()] = 0
+    yield {**scores, "layers": layers}
+
+
 def _of_sizes(
     fixed: dict[Axis, int],
     ways: Iterable[dict[str, Tensor]],
@@ -196,19 +209,21 @@ def _walk(
     The masks may have settled far from the best balance of hidden dimensions and other units.
     """
     scores, gate = scores_and_gates(masks)
+    ways = [*_ways(scores, best), *_one_layer_fewer(scores, best)]
     allowed = problem.counts(Axis.HIDDEN, True)
     while True:
-        plan, least = found
-        size = plan.shape.hidden
-        further = [count for count in allowed if (count > size) == (ratio > 1) and count != size]
-        if not further:
-            return found
-        size = min(further, key=lambda count: abs(count - ratio * size))
-        plans = _of_sizes({Axis.HIDDEN: size}, _ways(scores, best), gate, best, problem)
+        size = found[0].shape.hidden
+        further = [count for count in allowed if (count > size if ratio > 1 else count < size)]
+        further.sort(key=lambda count: abs(count - ratio * size))
+        tried = (
+            list(_of_sizes({Axis.HIDDEN: count}, ways, gate, best, problem))
+            for count in further[:NUM_TRIED]
+        )
+        plans = next(filter(None, tried), [])
         if oblique is not None:
-            maps = oblique.maps(size)
-            plans = (_in_basis(plan, maps) for plan in plans)
+            maps = cache(oblique.maps)
+            plans = [_in_basis(plan, maps(plan.shape.hidden)) for plan in plans]
         there = _least(plans, loss)
-        if there is None or there[1] >= least:
+        if there is None or there[1] >= found[1]:
             return found
         found = there
