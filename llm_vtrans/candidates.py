@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan, allocate, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import Axis, Place
+from llm_vtrans.families.base import Axis, Place, Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import TOLERANCE, Problem
@@ -164,66 +164,83 @@ def _near(
     return sorted(found)
 
 
-def choose(
+def shortlist(
     masks: VIBMasks,
     problem: Problem,
     loss: Callable[[PrunePlan], float],
     oblique: ObliqueBasis | None = None,
-) -> tuple[PrunePlan, float]:
-    """The candidate of lowest loss, or what lies beyond it and loses less; and that loss.
+    num: int = 1,
+) -> list[Found]:
+    """The plans of lowest loss, the lowest first, and these losses.
+
+    They are candidates, or what lies beyond the best of them and loses less still.
 
     Args:
         masks: trained masks.
         problem: model, budget, rounding and layout.
         loss: of the hard-masked network, lower is better.
         oblique: of the stream, where the family allows another basis.
+        num: how many, of different shapes.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    found = _least(candidates(masks, problem, oblique), loss)
-    assert found is not None  # there is one, or an error was raised
+    best = _Shortlist(loss, num)
+    best.improves(candidates(masks, problem, oblique))
     if Axis.HIDDEN in masks.names():
-        best = allocate(masks, problem)
+        guess = allocate(masks, problem)
         for ratio in HIDDEN_RATIOS:
-            found = _walk(found, ratio, best, masks, problem, loss, oblique)
-    return found
+            while best.improves(_beyond(best.first, ratio, guess, masks, problem, oblique)):
+                pass
+    return best.found
 
 
-def _least(plans: Iterable[PrunePlan], loss: Callable[[PrunePlan], float]) -> Found | None:
-    """The first plan of lowest loss, and that loss."""
-    return min(((plan, loss(plan)) for plan in plans), key=lambda found: found[1], default=None)
+class _Shortlist:
+    """The plans of lowest loss so far, of different shapes; the others are forgotten."""
+
+    def __init__(self, loss: Callable[[PrunePlan], float], num: int):
+        self._loss, self._num = loss, num
+        self.found: list[Found] = []
+
+    @property
+    def first(self) -> PrunePlan:
+        """The plan of lowest loss."""
+        return self.found[0][0]
+
+    def improves(self, plans: Iterable[PrunePlan]) -> bool:
+        """Whether one of these loses less than all before."""
+        least = self.found[0][1] if self.found else torch.inf
+        for plan in plans:
+            best_of_shape: dict[Shape, Found] = {}
+            for entry in sorted([*self.found, (plan, self._loss(plan))], key=lambda e: e[1]):
+                best_of_shape.setdefault(entry[0].shape, entry)
+            self.found = list(best_of_shape.values())[: self._num]
+        return self.found[0][1] < least
 
 
-def _walk(
-    found: Found,
+def _beyond(
+    plan: PrunePlan,
     ratio: float,
-    best: PrunePlan,
+    guess: PrunePlan,
     masks: VIBMasks,
     problem: Problem,
-    loss: Callable[[PrunePlan], float],
     oblique: ObliqueBasis | None,
-) -> Found:
-    """On to smaller or larger hidden sizes, by this ratio, as long as less is lost.
+) -> list[PrunePlan]:
+    """Plans of about `ratio` times this one's hidden size, in the oblique basis if there is one.
 
-    The masks may have settled far from the best balance of hidden dimensions and other units.
+    The masks may have settled far from the best balance of hidden dimensions, layers and units.
+    `guess` is the plan that they propose.
     """
+    size = plan.shape.hidden
     scores, gate = scores_and_gates(masks)
-    ways = [*_ways(scores, best), *_one_layer_fewer(scores, best)]
+    ways = [*_ways(scores, guess), *_one_layer_fewer(scores, guess)]
     allowed = problem.counts(Axis.HIDDEN, True)
-    while True:
-        size = found[0].shape.hidden
-        further = [count for count in allowed if (count > size if ratio > 1 else count < size)]
-        further.sort(key=lambda count: abs(count - ratio * size))
-        tried = (
-            list(_of_sizes({Axis.HIDDEN: count}, ways, gate, best, problem))
-            for count in further[:NUM_TRIED]
-        )
-        plans = next(filter(None, tried), [])
-        if oblique is not None:
-            maps = cache(oblique.maps)
-            plans = [_in_basis(plan, maps(plan.shape.hidden)) for plan in plans]
-        there = _least(plans, loss)
-        if there is None or there[1] >= found[1]:
-            return found
-        found = there
+    further = [count for count in allowed if (count > size if ratio > 1 else count < size)]
+    further.sort(key=lambda count: abs(count - ratio * size))
+    for count in further[:NUM_TRIED]:
+        if plans := list(_of_sizes({Axis.HIDDEN: count}, ways, gate, guess, problem)):
+            if oblique is None:
+                return plans
+            maps = oblique.maps(count)
+            return [_in_basis(plan, maps) for plan in plans]
+    return []

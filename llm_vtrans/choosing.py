@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.candidates import choose
+from llm_vtrans.candidates import shortlist
 from llm_vtrans.distillation import Distillation
 from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import Problem
 from llm_vtrans.tasks.encoding import Batch
+
+NUM_REHEARSED = 4  # what a plan loses before tuning tells the best few, not which of them is best
 
 
 class Chooser:
@@ -41,14 +43,30 @@ class Chooser:
         self._taught = [(batch, distillation.teach(batch)) for batch in batches]
         self._oblique, self._head_basis = oblique, head_basis
 
-    def choose(self, problem: Problem) -> PrunePlan:
+    def choose(
+        self, problem: Problem, rehearse: Callable[[PrunePlan], None] | None = None
+    ) -> PrunePlan:
         """The candidate of least loss.
+
+        Args:
+            problem: model, budget, rounding and layout.
+            rehearse: trains a network that is made what a plan makes of it. The best few
+                are compared by what they lose then: successive halving (arXiv:1502.07943).
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        plan, _ = choose(self._masks, problem, self.loss, self._oblique)
-        return replace(plan, basis=self._head_basis)
+        num = 1 if rehearse is None else NUM_REHEARSED
+        found = shortlist(self._masks, problem, self.loss, self._oblique, num)
+        plans = [replace(plan, basis=self._head_basis) for plan, _ in found]
+        if rehearse is None or len(plans) == 1:
+            return plans[0]
+        losses = []
+        for plan in plans:
+            self.use(plan)
+            rehearse(plan)
+            losses.append(self._measured())
+        return plans[losses.index(min(losses))]
 
     def use(self, plan: PrunePlan) -> None:
         """Makes the network what a plan makes of it, until gates or maps are set again."""
@@ -56,10 +74,14 @@ class Chooser:
         masked.tuning.start(plan.maps)
         masked.set_gates(hard_gates(plan, next(self._masks.parameters()).device))
 
-    @torch.no_grad()
     def loss(self, plan: PrunePlan) -> float:
         """Distillation loss of the hard-masked network, summed over the batches."""
         self.use(replace(plan, basis=self._head_basis))
+        return self._measured()
+
+    @torch.no_grad()
+    def _measured(self) -> float:
+        """The same of the network as it is."""
         return sum(float(self._distillation.loss(*pair)) for pair in self._taught)
 
 

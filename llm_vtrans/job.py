@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -61,7 +61,7 @@ from llm_vtrans.trained_weights import (
     train_weights,
 )
 from llm_vtrans.training import Objective, Progress, train
-from llm_vtrans.tune import TuneObjective
+from llm_vtrans.tune import Rehearsal, TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
@@ -247,16 +247,30 @@ class Job(Prepared):
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 measure(chooser.choose(other), "other_layout")
+            rehearse = self._rehearse if self.settings.tune_steps else None
+            choose = partial(chooser.choose, rehearse=rehearse)
             if self.stopwatch is None:
-                self.plan = chooser.choose(self.problem)
+                self.plan = choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, partial(allocate, self.masks), chooser.choose, self._nanoseconds
+                    self.problem, partial(allocate, self.masks), choose, self._nanoseconds
                 )
                 if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
                     self.reporter.say(f"the network found takes {used:.2f} of the budget")
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
+
+    def _rehearse(self, plan: PrunePlan) -> None:
+        """Tunes for a plan shortly, as `tune` would."""
+        gates = hard_gates(plan, self.accelerator.device)
+        sparsity = self.problem.sparsity(plan.shape)
+        objective = Rehearsal(self.distillation, gates, sparsity, self.settings)
+        start, ignore = objective.stage.start, lambda _: None
+        self._advance(objective, objective.optimizer(), start, ignore, ignore)
+        objective.zero_grad()  # of weights that did not move
+        self.masked.set_gates(gates)
+        num_layers = int(plan.present.any(1).sum())
+        self.reporter.say(f"tried {plan.shape.hidden} hidden dimensions, {num_layers} layers")
 
     def _nanoseconds(self, shape: Shape) -> float:
         """What a network of this shape takes in the run's layout, where time is a budget."""
@@ -318,6 +332,17 @@ class Job(Prepared):
                 extra = {**record, **objective.record()}
                 save_state(self.output.path, step, objective, optimizer, extra, self.fingerprint)
 
+        self._advance(objective, optimizer, first_step, self.report, save)
+
+    def _advance(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        first_step: int,
+        report: Callable[[Progress], None],
+        save: Callable[[int], None],
+    ) -> None:
+        """Runs a stage to its end, or until a signal asks the run to go."""
         with self.preemption.deferred(self.accelerator):
             train(
                 objective,
@@ -326,7 +351,7 @@ class Job(Prepared):
                 self.accelerator,
                 self.settings,
                 first_step,
-                self.report,
+                report,
                 save,
                 self.preemption,
             )

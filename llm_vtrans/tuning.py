@@ -87,7 +87,7 @@ class Tuning(nn.Module):
 
     @torch.no_grad()
     def start(self, maps: Mapping[Place, Tensor] | None) -> None:
-        """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them.
+        """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them; factors are one.
 
         Args:
             maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too;
@@ -97,6 +97,8 @@ class Tuning(nn.Module):
         for name, parameter in self.maps.items():
             side = Place.WRITE if _writes(name) else Place.READ
             parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[side])
+        for scale in self.scales.values():
+            scale.fill_(1)
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
         """The stream's directions, maps and rotation in one; None if neither is there.

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.allocation import allocate
+from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.candidates import candidates, choose
+from llm_vtrans.candidates import candidates, shortlist
 from llm_vtrans.families import family_for
-from llm_vtrans.families.base import Axis
+from llm_vtrans.families.base import Axis, Shape
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import TOLERANCE, Problem
@@ -67,16 +67,34 @@ def test_the_choice_goes_on_where_less_is_lost(
     size = problem.architecture.num_units[Axis.HIDDEN]
     basis = ObliqueBasis(*[torch.eye(size, dtype=torch.float64)] * 2) if is_oblique else None
     wanted = ratio * first
-    plan, loss = choose(masks, problem, lambda plan: abs(plan.shape.hidden - wanted), basis)
+    [(plan, loss)] = shortlist(masks, problem, lambda plan: abs(plan.shape.hidden - wanted), basis)
     assert loss == abs(plan.shape.hidden - wanted) < 0.05 * first
     assert problem.cost.of(plan.shape) <= problem.budget.target
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_the_shortlist_holds_the_best_of_different_shapes(
+    case: tuple[VIBMasks, Problem], num: int
+) -> None:
+    masks, problem = case
+    losses: dict[Shape, float] = {}
+
+    def loss(plan: PrunePlan) -> float:
+        size = plan.shape.hidden
+        return losses.setdefault(
+            plan.shape, size % 7 + (sum(plan.shape.ffn) % 11) / 100 + len(losses) / 1e6
+        )
+
+    found = shortlist(masks, problem, loss, num=num)
+    assert [value for _, value in found] == sorted(losses.values())[:num]
+    assert [losses[plan.shape] for plan, _ in found] == [value for _, value in found]
 
 
 def test_one_more_layer_goes_where_less_is_lost(case: tuple[VIBMasks, Problem]) -> None:
     masks, problem = case
     first = allocate(masks, problem)
     fewest = min(int(plan.present.sum()) for plan in candidates(masks, problem))
-    plan, _ = choose(masks, problem, lambda plan: float(plan.present.sum()))
+    [(plan, _)] = shortlist(masks, problem, lambda plan: float(plan.present.sum()))
     assert int(plan.present.sum()) == fewest - (2 if problem.is_uniform else 1)
     assert bool((plan.present <= first.present).all()) and bool(plan.present[0].all())
     assert problem.cost.of(plan.shape) <= problem.budget.target
@@ -94,7 +112,7 @@ def test_the_choice_passes_by_sizes_that_cannot_use_the_budget() -> None:
     dense = cost.of(dense_shape(architecture))
     problem = Problem(architecture, cost, Budget("params", int(0.3 * dense), dense), 1, True)
     first = allocate(masks, problem).shape.hidden
-    plan, _ = choose(masks, problem, lambda plan: abs(plan.shape.hidden - 0.6 * first))
+    [(plan, _)] = shortlist(masks, problem, lambda plan: abs(plan.shape.hidden - 0.6 * first))
     assert plan.shape.hidden < 0.65 * first
     assert problem.used(plan.shape) >= 1 - TOLERANCE
 
