@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_vtrans.allocation import PrunePlan, allocate, allocate_scores, scores_and_gates
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import Axis, Place, Shape
+from llm_vtrans.families.base import Axis, Place
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import TOLERANCE, Problem
@@ -25,6 +25,7 @@ from llm_vtrans.problem import TOLERANCE, Problem
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
 NUM_TRIED = 16  # hidden sizes at which a plan that uses the budget is looked for
+ALIKE = 0.04  # sizes this close: half of a step between hidden sizes
 BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
 
 Found = tuple[PrunePlan, float]  # with its loss
@@ -180,7 +181,7 @@ def shortlist(
         problem: model, budget, rounding and layout.
         loss: of the hard-masked network, lower is better.
         oblique: of the stream, where the family allows another basis.
-        num: how many, of different shapes.
+        num: how many at most, no two alike.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
@@ -196,7 +197,10 @@ def shortlist(
 
 
 class _Shortlist:
-    """The plans of lowest loss so far, of different shapes; the others are forgotten."""
+    """The plans of lowest loss so far, no two alike; the others are forgotten.
+
+    Plans nearly the same lose nearly the same, before any training and after it.
+    """
 
     def __init__(self, loss: Callable[[PrunePlan], float], num: int):
         self._loss, self._num = loss, num
@@ -211,11 +215,25 @@ class _Shortlist:
         """Whether one of these loses less than all before."""
         least = self.found[0][1] if self.found else torch.inf
         for plan in plans:
-            best_of_shape: dict[Shape, Found] = {}
-            for entry in sorted([*self.found, (plan, self._loss(plan))], key=lambda e: e[1]):
-                best_of_shape.setdefault(entry[0].shape, entry)
-            self.found = list(best_of_shape.values())[: self._num]
+            ranked = sorted([*self.found, (plan, self._loss(plan))], key=lambda entry: entry[1])
+            self.found = []
+            for entry in ranked:
+                if not any(_alike(entry[0], better) for better, _ in self.found):
+                    self.found.append(entry)
+            del self.found[self._num :]
         return self.found[0][1] < least
+
+
+def _alike(one: PrunePlan, other: PrunePlan) -> bool:
+    """Whether hidden size, heads and sub-layers are about as many; FFN units fill the budget."""
+    return all(
+        abs(count - another) <= ALIKE * max(count, another)
+        for count, another in zip(_sizes(one), _sizes(other), strict=True)
+    )
+
+
+def _sizes(plan: PrunePlan) -> tuple[int, int, int]:
+    return plan.shape.hidden, sum(plan.shape.heads), int(plan.present.sum())
 
 
 def _beyond(

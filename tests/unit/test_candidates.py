@@ -1,5 +1,7 @@
 """Candidate plans: all within the budget, and the one of least loss is taken."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -73,21 +75,23 @@ def test_the_choice_goes_on_where_less_is_lost(
 
 
 @pytest.mark.parametrize("num", [1, 2, 5])
-def test_the_shortlist_holds_the_best_of_different_shapes(
+def test_the_shortlist_holds_the_best_of_plans_that_are_not_alike(
     case: tuple[VIBMasks, Problem], num: int
 ) -> None:
     masks, problem = case
-    losses: dict[Shape, float] = {}
+    tried: dict[Shape, float] = {}
 
     def loss(plan: PrunePlan) -> float:
         size = plan.shape.hidden
-        return losses.setdefault(
-            plan.shape, size % 7 + (sum(plan.shape.ffn) % 11) / 100 + len(losses) / 1e6
-        )
+        return tried.setdefault(plan.shape, size % 7 + sum(plan.shape.ffn) % 11 / 100)
 
     found = shortlist(masks, problem, loss, num=num)
-    assert [value for _, value in found] == sorted(losses.values())[:num]
-    assert [losses[plan.shape] for plan, _ in found] == [value for _, value in found]
+    assert len(found) == num
+    assert [value for _, value in found] == sorted(tried[plan.shape] for plan, _ in found)
+    assert found[0][1] == min(tried.values())
+    for (one, _), (other, _) in combinations(found, 2):
+        sizes = [(p.shape.hidden, sum(p.shape.heads), p.present.sum().item()) for p in (one, other)]
+        assert max(max(pair) / min(pair) for pair in zip(*sizes, strict=True)) > 1.04
 
 
 def test_one_more_layer_goes_where_less_is_lost(case: tuple[VIBMasks, Problem]) -> None:
