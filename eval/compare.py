@@ -31,6 +31,7 @@ from torch import Tensor
 
 from eval.baselines import BASELINES
 from eval.comparison import plots, report
+from eval.comparison.ablations import ABLATIONS
 from eval.comparison.cell import (
     CHOICE_WINDOWS,
     DENSE,
@@ -53,6 +54,7 @@ from llm_vtrans.output_folder import atomic_write_bytes
 from llm_vtrans.recovery import recovery_for
 from llm_vtrans.scoring import text_documents, text_windows
 
+NAMED = "all, baselines, ablations"  # groups of methods
 PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
 
 
@@ -71,13 +73,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parses and checks what needs no file."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    methods = [*BASELINES, OURS]
+    groups = {"all": [*BASELINES, OURS], "baselines": [*BASELINES], "ablations": [*ABLATIONS]}
+    methods = [*groups["all"], *groups["ablations"]]
     add("--model", default=EMBEDDED, help="dense checkpoint: folder, hub name or embedded")
     add("--data", help="calibration text, as prune's --data (embedded or wikitext2)")
     add("--texts", nargs="+", help="evaluation texts: wikitext2, general, embedded or FILE.txt")
     add("--tasks", nargs="*", default=[], help="zero-shot tasks, as score.py's --tasks")
     add("--sparsity", nargs="+", type=share, default=[0.2, 0.35, 0.5, 0.7], help="removed shares")
-    add("--methods", nargs="+", default=["all"], help=f"all, baselines, or of {', '.join(methods)}")
+    add("--methods", nargs="+", default=["all"], help=f"{NAMED}, or of {', '.join(methods)}")
     add("--seeds", nargs="+", type=int, default=[0], help="of calibration, draws and training")
     add("--layout", choices=("stock", "per-layer", "both"), default="stock", help="shape of layers")
     add(
@@ -89,15 +92,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="of named texts")
     add("--output", type=Path, required=True, help="folder of the report; a rerun continues it")
     args = parser.parse_args(argv)
-    expand = {"all": methods, "baselines": list(BASELINES)}
     if args.samples < SELECTION_WINDOWS + CHOICE_WINDOWS:
         raise UserError(
             f"--samples must be at least {SELECTION_WINDOWS + CHOICE_WINDOWS}, the number that "
             f"one-shot methods see, got {args.samples}"
         )
-    args.methods = list(dict.fromkeys(n for m in args.methods for n in expand.get(m, [m])))
+    args.methods = list(dict.fromkeys(n for m in args.methods for n in groups.get(m, [m])))
     if unknown := [name for name in args.methods if name not in methods]:
-        raise UserError(f"--methods {unknown[0]}: choose all, baselines or of {', '.join(methods)}")
+        raise UserError(f"--methods {unknown[0]}: choose {NAMED}, or of {', '.join(methods)}")
     for name in args.recover:
         if name != NO_RECOVERY:
             recovery_for(name).check()

@@ -26,11 +26,12 @@ from llm_vtrans.run_state import remove_state
 from llm_vtrans.tasks.finetuning import finetune_first
 
 
-def prune(arguments: list[str]) -> None:
+def prune(arguments: list[str], kind: type[Job] = Job) -> None:
     """Runs the main job.
 
     Args:
         arguments: the command line without the program's name.
+        kind: of job; comparisons bring some that lack a part.
 
     Raises:
         UserError: something the user can correct.
@@ -45,17 +46,17 @@ def prune(arguments: list[str]) -> None:
         if args.budgets is not None:
             for run in runs:
                 locks.enter_context(sole_writer(run.output_folder()))
-        jobs = list(filter(None, [_prepared(run, preemption) for run in runs]))
+        jobs = list(filter(None, [_prepared(run, preemption, kind) for run in runs]))
         while jobs and not args.dry_run:
             _run(jobs.pop(0))
 
 
-def _prepared(args: PruneArguments, preemption: Preemption) -> Job | None:
+def _prepared(args: PruneArguments, preemption: Preemption, kind: type[Job]) -> Job | None:
     """A run that is still to be done, checked and told."""
     if args.resume and (manifest := finished_manifest(args)) is not None:
         _tell_finished(args, manifest)
         return None
-    job = Job.prepare(args, preemption)
+    job = kind.prepare(args, preemption)
     job.show_plan()
     return job
 

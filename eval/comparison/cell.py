@@ -122,10 +122,11 @@ class Cell:
 
 def method_of(name: str, settings: Settings) -> Method:
     """The method of this name."""
-    if name == OURS:
-        return Ours(settings.model, settings.data, settings.samples, settings.seq_len,
-                    Path(settings.output) / "ours")  # fmt: skip
-    return BASELINES[name]
+    if name in BASELINES:
+        return BASELINES[name]
+    lever = None if name == OURS else name
+    return Ours(settings.model, settings.data, settings.samples, settings.seq_len,
+                Path(settings.output) / "ours", lever)  # fmt: skip
 
 
 def windows_file(settings: Settings, inputs: str) -> Path:

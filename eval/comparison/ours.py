@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from eval.baselines.interface import Case, Pruned, load_pruned
+from eval.comparison.ablations import ABLATIONS, Ablation
 from llm_vtrans.export import Pruning
 from llm_vtrans.manifest import MASKS_FILE, saved_plan
 from llm_vtrans.output_folder import MANIFEST_FILE
@@ -38,6 +39,7 @@ class Ours:
         samples: calibration windows.
         seq_len: tokens in one.
         folder: of the trainings; they outlive a cell.
+        lever: what is taken away from it, a name of `ABLATIONS`; None for all as it is.
     """
 
     model: str
@@ -45,27 +47,30 @@ class Ours:
     samples: int
     seq_len: int
     folder: Path
+    lever: str | None = None
     is_uniform: bool = False
     is_plain: bool = True
 
     def prune(self, case: Case) -> Pruned:
         """Trains the masks unless an earlier cell did, exports this budget, loads the result."""
         layout = "stock" if case.is_uniform else "per-layer"
+        ablation = ABLATIONS[self.lever] if self.lever else Ablation()
         common = [
             *("--model", self.model, "--data", self.data, "--samples", str(self.samples)),
             *("--seq-len", str(self.seq_len), "--seed", str(case.seed), "--layout", layout),
+            *ablation.options,
         ]
-        deciding = json.dumps([case.source.checkpoint.sha256, versions(), *common[2:]])
-        digest = hashlib.sha256(deciding.encode()).hexdigest()[:12]
+        deciding = [case.source.checkpoint.sha256, versions(), *common[2:], self.lever]
+        digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
         trained = self.folder / f"seed{case.seed}-{layout}-{digest}"
         if not (trained / MANIFEST_FILE).is_file():
             start = ["--sparsity", str(TRAINED_AT), "--output", str(trained), "--resume"]
-            prune([*common, *start])
+            prune([*common, *start], ablation.kind)
         result = trained
         if case.sparsity != TRAINED_AT:
             result = case.folder / "result"
             reuse = ["--masks", str(trained), "--sparsity", str(case.sparsity)]
-            prune([*common, *reuse, "--output", str(result)])
+            prune([*common, *reuse, "--output", str(result)], ablation.kind)
         manifest = json.loads((result / MANIFEST_FILE).read_text())
         training = json.loads((trained / MANIFEST_FILE).read_text())["phases"]
         seconds = sum(p["seconds"] for name, p in training.items() if name != MEASURING)

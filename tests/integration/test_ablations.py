@@ -1,0 +1,68 @@
+"""Each ablation of the comparison takes away what its name says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.comparison.ablations import ABLATIONS, Labels
+from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.families import family_for
+from llm_vtrans.prune import prune
+from tests.runs import copy_inputs, flags, write_inputs
+from tests.tiny import tiny_model
+from tests.unit.test_exactness import inputs_for
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(inputs: Path, folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Manifest and masks of a run without one of the levers."""
+    ablation = ABLATIONS[name]
+    copy_inputs(inputs, folder)
+    prune([*flags(folder, "--quiet", samples=24), *ablation.options], ablation.kind)
+    out = folder / "out"
+    return json.loads((out / "vtrans.json").read_text()), load_file(out / "masks.safetensors")
+
+
+def test_labels_are_the_models_own_loss() -> None:
+    model = tiny_model("llama")
+    inputs = inputs_for(model.config, 0)
+    labels = Labels(MaskedModel(model, family_for("llama").describe(model.config)))
+    expected = model(**inputs, labels=inputs["input_ids"]).loss
+    torch.testing.assert_close(labels.loss(inputs, labels.teach(inputs)), expected)
+    torch.testing.assert_close(labels(inputs, {})["loss"], expected)
+
+
+def test_without_a_teacher(inputs: Path, tmp_path: Path) -> None:
+    manifest, _ = run(inputs, tmp_path, "ours-no-distillation")
+    assert manifest["params"]["after"] <= manifest["budget"]["target"]
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])["distillation"]
+    assert first > 1  # nats: nobody guesses random letters
+
+
+def test_without_mu(inputs: Path, tmp_path: Path) -> None:
+    _, masks = run(inputs, tmp_path, "ours-no-mu")
+    trained = [tensor for name, tensor in masks.items() if name.startswith("mu.")]
+    assert trained and all(bool((mu == 1).all()) for mu in trained)
+    assert any(bool(masks[name].std() > 0) for name in masks if name.startswith("log_var."))
+
+
+@pytest.mark.parametrize("name", ["ours-no-local-search", "ours-no-oblique-basis"])
+def test_masks_keep_their_own_dimensions(inputs: Path, tmp_path: Path, name: str) -> None:
+    """The oblique basis keeps the first ones of its own."""
+    manifest, masks = run(inputs, tmp_path, name)
+    kept = masks["keep.hidden"].bool()
+    alpha = masks["log_var.hidden"] - torch.log(masks["mu.hidden"].square() + 1e-8)
+    best = alpha.argsort()[: int(kept.sum())]
+    assert 0 < kept.sum() < len(kept) and bool(kept[best].all())
+    assert manifest["params"]["after"] <= manifest["budget"]["target"]
