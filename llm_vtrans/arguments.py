@@ -21,7 +21,7 @@ LOAD_FORMS = ("full", "4bit", "8bit")
 # What belongs to one call, not to the result: left out of recipes.
 CALL_FIELDS = ("config", "output", "overwrite", "resume", "dry_run", "quiet", "json")
 STEP_TOKENS = 2048  # per rank and micro-batch
-NUM_STEPS = {"faster": 450, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
+NUM_STEPS = {"faster": 900, "fast": 10_000, "vtrans": 10_000}  # on the whole of the data
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -130,7 +130,7 @@ class PruneArguments:
     samples: int = _option(
         0,
         "Calibration sequences to train on, of which --variant fast takes its share. 0, the "
-        "default: enough for 450 optimizer steps, 10,000 of vtrans and of fast's whole.",
+        "default: enough for 900 optimizer steps, 10,000 of vtrans and of fast's whole.",
     )
     tune_share: float = _option(
         0.5,

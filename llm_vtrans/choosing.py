@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -44,29 +45,30 @@ class Chooser:
         self._oblique, self._head_basis = oblique, head_basis
 
     def choose(
-        self, problem: Problem, rehearse: Callable[[PrunePlan], None] | None = None
+        self, problem: Problem, rehearse: Callable[[PrunePlan, float], None] | None = None
     ) -> PrunePlan:
         """The candidate of least loss.
 
         Args:
             problem: model, budget, rounding and layout.
-            rehearse: trains a network that is made what a plan makes of it. The best few
-                are compared by what they lose then: successive halving (arXiv:1502.07943).
+            rehearse: trains a network that is made what a plan makes of it, which has a certain
+                loss. The best few are compared by what they lose then: successive halving
+                (arXiv:1502.07943).
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
         num = 1 if rehearse is None else NUM_REHEARSED
         found = shortlist(self._masks, problem, self.loss, self._oblique, num)
-        plans = [replace(plan, basis=self._head_basis) for plan, _ in found]
+        plans = [(replace(plan, basis=self._head_basis), loss) for plan, loss in found]
         if rehearse is None or len(plans) == 1:
-            return plans[0]
+            return plans[0][0]
         losses = []
-        for plan in plans:
+        for plan, loss in plans:
             self.use(plan)
-            rehearse(plan)
+            rehearse(plan, loss)
             losses.append(self._measured())
-        return plans[losses.index(min(losses))]
+        return plans[losses.index(min(losses))][0]
 
     def use(self, plan: PrunePlan) -> None:
         """Makes the network what a plan makes of it, until gates or maps are set again."""
@@ -75,14 +77,14 @@ class Chooser:
         masked.set_gates(hard_gates(plan, next(self._masks.parameters()).device))
 
     def loss(self, plan: PrunePlan) -> float:
-        """Distillation loss of the hard-masked network, summed over the batches."""
+        """Distillation loss of the hard-masked network, a mean over the batches in nats."""
         self.use(replace(plan, basis=self._head_basis))
         return self._measured()
 
     @torch.no_grad()
     def _measured(self) -> float:
         """The same of the network as it is."""
-        return sum(float(self._distillation.loss(*pair)) for pair in self._taught)
+        return fmean(float(self._distillation.loss(*pair)) for pair in self._taught)
 
 
 def hard_gates(plan: PrunePlan, device: torch.device) -> dict[str, Tensor]:

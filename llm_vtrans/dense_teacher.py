@@ -19,8 +19,8 @@ from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.families.base import Axis
 from llm_vtrans.layer_matching import layer_distance, spaced, token_mask
 from llm_vtrans.tasks.encoding import Batch, inputs_of
-from llm_vtrans.tuning import MAP_LEARNING_RATE
 
+MAP_LEARNING_RATE = 0.2  # of the layers' map, divided by its width
 WEIGHT_DECAY = 0.01
 
 

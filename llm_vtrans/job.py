@@ -65,7 +65,7 @@ from llm_vtrans.tune import Rehearsal, TuneObjective
 from llm_vtrans.tuning import Tuning
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
-SCORE = "score."  # prefix of tensors on disk
+SCORE, UNTUNED = "score.", "untuned"  # a prefix of tensors on disk, and one of them
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many texts
 CHOICE_ROWS = 32  # of labelled data, which has one answer in a row
@@ -81,6 +81,7 @@ class Job(Prepared):
         latency: milliseconds of a pass by what it was measured on.
         rotation: of the residual stream, if it is rotated.
         head_basis: of the heads, where not all of their dimensions are kept.
+        untuned: what the plan loses before anything is trained for it, in nats.
         choice: on which plans are compared; None for training examples. Masks are fitted to the
             calibration text, a model's own words tell what else a plan loses.
     """
@@ -91,6 +92,7 @@ class Job(Prepared):
     rotation: Tensor | None = None
     head_basis: HeadBasis | None = None
     choice: Examples | None = None
+    untuned: float = 0.0
 
     # Filled by `load` and `allocate`.
     masked: MaskedModel = field(init=False)
@@ -257,14 +259,15 @@ class Job(Prepared):
                 )
                 if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
                     self.reporter.say(f"the network found takes {used:.2f} of the budget")
+            self.untuned = chooser.loss(self.plan)
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
 
-    def _rehearse(self, plan: PrunePlan) -> None:
-        """Tunes for a plan shortly, as `tune` would."""
+    def _rehearse(self, plan: PrunePlan, loss: float) -> None:
+        """Tunes for a plan, which has this loss, shortly, as `tune` would."""
         gates = hard_gates(plan, self.accelerator.device)
         sparsity = self.problem.sparsity(plan.shape)
-        objective = Rehearsal(self.distillation, gates, sparsity, self.settings)
+        objective = Rehearsal(self.distillation, gates, loss, sparsity, self.settings)
         start, ignore = objective.stage.start, lambda _: None
         self._advance(objective, objective.optimizer(), start, ignore, ignore)
         objective.zero_grad()  # of weights that did not move
@@ -288,14 +291,14 @@ class Job(Prepared):
 
         The network has changed by then, so it can neither choose nor measure again.
         """
-        scores = {
-            SCORE + n: torch.tensor(x, dtype=torch.float64) for n, x in self.perplexity.items()
-        }
+        numbers = {UNTUNED: self.untuned, **{SCORE + n: x for n, x in self.perplexity.items()}}
+        scores = {n: torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()}
         return {**self.masks.state_dict(), **plan_tensors(self.plan), **scores}
 
     def _recall(self, found: dict[str, Tensor]) -> None:
         """Takes plan and scores from a saved state."""
         self.plan = replace(saved_plan(found), basis=self.head_basis)
+        self.untuned = found[UNTUNED].item()
         self.perplexity = {
             n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
         }
@@ -306,7 +309,7 @@ class Job(Prepared):
             return
         sparsity = self.problem.sparsity(self.plan.shape)
         gates = hard_gates(self.plan, self.accelerator.device)
-        objective = TuneObjective(self.distillation, gates, sparsity, self.settings)
+        objective = TuneObjective(self.distillation, gates, self.untuned, sparsity, self.settings)
         with self.reporter.phase("tune"):
             self._train(objective, {**self._rotation(), **self._found()})
             self.masked.set_gates(gates)

@@ -21,6 +21,7 @@ class TuneObjective(Objective):
     Args:
         distillation: masked model and teacher.
         hard: gate values of the plan, as `set_gates` takes them.
+        loss: of the network that they make, in nats, before anything is trained.
         sparsity: of the plan, for the record.
         settings: of the loop.
     """
@@ -29,12 +30,14 @@ class TuneObjective(Objective):
         self,
         distillation: Distillation,
         hard: Mapping[str, Tensor],
+        loss: float,
         sparsity: float,
         settings: TrainingSettings,
     ):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
-        self.tuning, self.hard, self.sparsity = self.masked.tuning, hard, sparsity
+        self.tuning, self.hard = self.masked.tuning, hard
+        self.loss, self.sparsity = loss, sparsity
         self.tuning.requires_grad_(True)
         self.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
@@ -47,7 +50,8 @@ class TuneObjective(Objective):
 
     def optimizer(self) -> torch.optim.AdamW:
         """Over all that is trained in the student."""
-        groups = [*self.tuning.parameter_groups(), *self.distillation.parameter_groups()]
+        tuned = self.tuning.parameter_groups(self.loss)
+        groups = [*tuned, *self.distillation.parameter_groups()]
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -62,12 +66,13 @@ class Rehearsal(TuneObjective):
         self,
         distillation: Distillation,
         hard: Mapping[str, Tensor],
+        loss: float,
         sparsity: float,
         settings: TrainingSettings,
     ):
         steps = max(1, round(REHEARSAL_SHARE * settings.tune_steps))
-        super().__init__(distillation, hard, sparsity, replace(settings, tune_steps=steps))
+        super().__init__(distillation, hard, loss, sparsity, replace(settings, tune_steps=steps))
 
     def optimizer(self) -> torch.optim.AdamW:
         """Over maps and factors alone."""
-        return torch.optim.AdamW(self.tuning.parameter_groups(), weight_decay=0.0)
+        return torch.optim.AdamW(self.tuning.parameter_groups(self.loss), weight_decay=0.0)

@@ -5,13 +5,14 @@ variance; the network's output may need another, and what writes to the stream m
 project onto it along other directions than it is read. So square matrices are trained:
 SliceGPT's change of basis (arXiv:2401.15024, section 3), oblique and learned. One serves what
 embeddings write, one what the head reads, and layers share theirs in groups of neighbours, as
-many as `MAP_SHARE` allows. Beside them every place where a gate multiplies has factors
+many as memory allows. Beside them every place where a gate multiplies has factors
 of its own, as (IA)^3 has (arXiv:2205.05638).
 The weights stay frozen, and nothing is left over at run time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -24,9 +25,10 @@ from llm_vtrans.rotation import Basis
 
 INPUT, OUTPUT = "in", "out"
 INSIDE = (Place.WRITE, Place.READ)
-MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each
-MAP_LEARNING_RATE = 0.2  # divided by the width
-SCALE_LEARNING_RATE = 0.003
+MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
+MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a map for every layer
+MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
+SCALE_LEARNING_RATE = 0.015  # times that distance
 
 
 def scale_name(module: str, side: str) -> str:
@@ -125,15 +127,22 @@ class Tuning(nn.Module):
         """The factors by `scale_name`, on the CPU."""
         return {name: scale.detach().cpu() for name, scale in self.scales.items()}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self, loss: float) -> list[dict[str, Any]]:
         """For an optimizer of Adam's kind; `peak` is the largest learning rate of a group.
 
         A step of Adam moves every entry alike, so a map's effect grows with its width: its
-        rate is inverse to that (maximal update parametrisation, arXiv:2203.03466, table 3).
+        rate is inverse to that (maximal update parametrisation, arXiv:2203.03466, table 3). Nor
+        does a step know how far there is to go. Near the teacher the loss is a quadratic, so that
+        distance is its root, and so is the noise of a gradient.
+
+        Args:
+            loss: before training, in nats.
         """
+        distance = min(1.0, math.sqrt(loss))
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
-        groups = [{"params": [p], "peak": MAP_LEARNING_RATE / p.shape[1]} for p in maps]
-        return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE}]
+        rate = MAP_LEARNING_RATE * distance
+        groups = [{"params": [p], "peak": rate / p.shape[1]} for p in maps]
+        return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE * distance}]
 
 
 def num_maps(architecture: Architecture) -> int:
@@ -143,7 +152,8 @@ def num_maps(architecture: Architecture) -> int:
 
 def layers_per_map(architecture: Architecture) -> int:
     """Neighbouring layers that share a map of what they write and one of what they read."""
-    num = MAP_SHARE * architecture.num_parameters / architecture.num_units[Axis.HIDDEN] ** 2
+    numbers = max(MAP_NUMBERS, MAP_SHARE * architecture.num_parameters)
+    num = numbers / architecture.num_units[Axis.HIDDEN] ** 2
     num_groups = max(1, int(num - 2) // 2)  # beside embeddings and head
     return -(-architecture.num_layers // num_groups)
 

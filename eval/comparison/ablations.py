@@ -19,7 +19,7 @@ from llm_vtrans.allocation import PrunePlan, allocate
 from llm_vtrans.attachment import Gates
 from llm_vtrans.choosing import Chooser
 from llm_vtrans.distillation import Distillation, with_sum
-from llm_vtrans.job import Job
+from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import Problem
 from llm_vtrans.tasks.encoding import Batch, inputs_of
@@ -66,7 +66,7 @@ class _OwnPlan(Chooser):
     """Takes the plan that the masks propose."""
 
     def choose(
-        self, problem: Problem, rehearse: Callable[[PrunePlan], None] | None = None
+        self, problem: Problem, rehearse: Callable[[PrunePlan, float], None] | None = None
     ) -> PrunePlan:
         return replace(allocate(self._masks, problem), basis=self._head_basis)
 
@@ -75,8 +75,9 @@ class OwnPlanJob(Job):
     """Compares no plans."""
 
     def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
-        """One that looks at no examples."""
-        return _OwnPlan(self.distillation, self.masks, [], None, self.head_basis)
+        """One that looks at examples only to tell what the plan loses."""
+        examples = self._first_batches(CHOICE_EXAMPLES, self.choice)
+        return _OwnPlan(self.distillation, self.masks, examples, None, self.head_basis)
 
 
 class OwnBasisJob(Job):

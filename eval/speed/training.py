@@ -60,7 +60,7 @@ class Bench:
         keep = {axis.value: ones[axis].bool() for axis in UNIT_AXES}
         keep["hidden"][::2] = False  # of the size of a plan that removes half
         gates = hard_gates(PrunePlan(keep, ones), self.device)
-        self.tune_objective = TuneObjective(student, gates, 0.0, settings).to(self.device)
+        self.tune_objective = TuneObjective(student, gates, 1.0, 0.0, settings).to(self.device)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)

@@ -182,7 +182,7 @@ def test_defaults_of_samples() -> None:
     def num(*arguments: str) -> int:
         return parse(list(arguments)).filled(512, 2).num_samples()
 
-    assert num() == 450 * 8 and num("--variant", "vtrans") == 10_000 * 8
+    assert num() == 900 * 8 and num("--variant", "vtrans") == 10_000 * 8
     assert num("--variant", "fast") == 300 * 8
     assert num("--variant", "fast", "--samples", "1000", "--data-fraction", "0.1") == 100
 

@@ -28,10 +28,12 @@ def test_the_best_few_are_compared_again_after_a_rehearsal() -> None:
     chooser = Chooser(SelfDistillation(masked), masks, batches, None, None)
     best = chooser.choose(problem)
     rehearsed: list[PrunePlan] = []
+    told: list[float] = []
 
     @torch.no_grad()
-    def rehearse(plan: PrunePlan) -> None:
+    def rehearse(plan: PrunePlan, loss: float) -> None:
         """All but the third are spoilt by what they learn."""
+        told.append(loss)
         assert all(bool((scale == 1).all()) for scale in masked.tuning.scales.values())
         rehearsed.append(plan)
         masked.tuning.is_on = True
@@ -40,6 +42,6 @@ def test_the_best_few_are_compared_again_after_a_rehearsal() -> None:
 
     chosen = chooser.choose(problem, rehearse)
     losses = [chooser.loss(plan) for plan in rehearsed]
-    assert losses == sorted(losses) and len(losses) == NUM_REHEARSED
+    assert told == losses == sorted(losses) and len(losses) == NUM_REHEARSED
     assert rehearsed[0].shape == best.shape
     assert chosen is rehearsed[2]

@@ -21,7 +21,7 @@ from llm_vtrans.families.base import head_of
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.loading import load_model, open_source
 from llm_vtrans.rotation import rotate_model, rotated_architecture
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.tuning import MAP_NUMBERS, Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
@@ -95,9 +95,9 @@ def inputs_for(config: Any, seed: int, num: int = 2, choices: int = 3) -> dict[s
 
 @torch.no_grad()
 def random_tuning(architecture: Architecture, is_rotated: bool, seed: int) -> Tuning:
-    """Maps near the identity, for each layer another, and factors far from one."""
+    """Maps near the identity, shared by layers or each with its own, and factors far from one."""
     draw = torch.Generator().manual_seed(seed)
-    with patch("llm_vtrans.tuning.MAP_SHARE", 10.0):
+    with patch("llm_vtrans.tuning.MAP_NUMBERS", MAP_NUMBERS if seed % 2 else 0):
         tuning = Tuning(architecture, is_rotated)
     for matrix in tuning.maps.values():
         matrix += 0.1 * torch.randn(matrix.shape, generator=draw)

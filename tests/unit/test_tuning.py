@@ -81,7 +81,8 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     architecture = architecture_of(name)
     masked = MaskedModel(tiny_model(name), architecture, fresh(name))
     settings = TrainingSettings(0, 60, 8, 1, 0.1, 0.0, 0, 100, 100, True)
-    objective = TuneObjective(SelfDistillation(masked), halved(architecture), 0.5, settings)
+    hard = halved(architecture)
+    objective = TuneObjective(SelfDistillation(masked), hard, 0.1, 0.5, settings)
     unseen = {"input_ids": tokens(520)[480:]}
 
     def loss() -> float:
@@ -105,12 +106,25 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     assert loss() < 0.9 * before
 
 
-@pytest.mark.parametrize(("share", "num"), [(0.0, 4), (10.0, 2 + 2 * 3)])
+@pytest.mark.parametrize(("loss", "distance"), [(0.04, 0.2), (0.0, 0.0), (9.0, 1.0)])
+def test_steps_are_as_long_as_the_way(loss: float, distance: float) -> None:
+    """Rates follow the root of the loss, and stop growing at one nat."""
+    tuning = fresh("llama")
+    rates = [group["peak"] for group in tuning.parameter_groups(loss)]
+    longest = [group["peak"] for group in tuning.parameter_groups(1.0)]
+    assert rates == pytest.approx([distance * rate for rate in longest])
+    assert all(rate > 0 for rate in longest)
+
+
+@pytest.mark.parametrize(
+    ("share", "numbers", "num"), [(0.0, 0, 4), (10.0, 0, 2 + 2 * 3), (0.0, 2**26, 2 + 2 * 3)]
+)
 def test_layers_share_maps_as_far_as_they_must(
-    monkeypatch: pytest.MonkeyPatch, share: float, num: int
+    monkeypatch: pytest.MonkeyPatch, share: float, numbers: int, num: int
 ) -> None:
     """At least one pair for all layers, at most one for each; embeddings and head have theirs."""
     monkeypatch.setattr("llm_vtrans.tuning.MAP_SHARE", share)
+    monkeypatch.setattr("llm_vtrans.tuning.MAP_NUMBERS", numbers)
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("gpt2").maps) == num - 2  # not rotated
