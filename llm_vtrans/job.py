@@ -232,7 +232,8 @@ class Job(Prepared):
         """Picks the kept units and measures the hard-masked model, in both layouts."""
         with self.reporter.phase("allocate"):
             if self.saved is not None:
-                self._recall(extra_tensors(self.saved[1]))
+                with blame(self.output.path / STATE_FILE, "start with --overwrite"):
+                    self._recall(extra_tensors(self.saved[1]))
                 if self.stopwatch is not None:
                     self.problem = corrected(self.problem, self.plan.shape, self._nanoseconds)
                 return

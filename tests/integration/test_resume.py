@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.command_line import parse
@@ -90,14 +90,14 @@ def test_same_seed_twice(uninterrupted: Path, work: Path) -> None:
 def test_kill_and_resume(
     uninterrupted: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two kills at different steps, the second one of a resumed run."""
+    """Two kills in different stages, the second one of a resumed run."""
     kill_after(work, 1)
     assert run_command(prune, long_run(work)) == USER_ERROR
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and "--resume" in errors[0] and "--overwrite" in errors[0]
 
     first = saved_step(work)
-    kill_after(work, first + 20, "--resume")
+    kill_after(work, max(first + 20, NUM_STEPS // 2 + 5), "--resume")
     second = saved_step(work)
     half_written = (work / STATE).with_name(".training.safetensors.partial-4000000000")
     half_written.write_bytes(b"a kill while a state was being written leaves this")
@@ -112,6 +112,20 @@ def test_kill_and_resume(
         path.name for path in (uninterrupted / "out").iterdir()
     }
     assert {path.name for path in work.iterdir()} == {"model", "text.txt", "out"}
+
+
+def test_a_state_that_lacks_something_is_told(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one of the second stage that an older version wrote."""
+    kill_after(work, NUM_STEPS // 2 + 5)
+    with safe_open(work / STATE, framework="pt") as state:
+        metadata = state.metadata()
+    tensors = {name: t for name, t in load_file(work / STATE).items() if name != "extra.untuned"}
+    save_file(tensors, work / STATE, metadata)
+    assert run_command(prune, long_run(work, "--resume", "--quiet")) == USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "untuned" in line and "--overwrite" in line
 
 
 def test_resume_of_nothing_runs(work: Path) -> None:
