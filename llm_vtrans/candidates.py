@@ -63,28 +63,48 @@ def candidates(
 def _towards_hidden_alone(
     best: PrunePlan, masks: VIBMasks, problem: Problem
 ) -> Iterator[PrunePlan]:
-    """Only hidden dimensions go, the later ones, or hardly anything else; and plans between.
+    """Only hidden dimensions go, the later ones, and some layers; and plans between.
 
     What stays whole keeps its weights as they are: gates were trained for units that go.
     """
     size = problem.architecture.num_units[Axis.HIDDEN]
     order = torch.linspace(1, 0, size, dtype=torch.float64)
-    try:
-        alone = allocate_scores({Axis.HIDDEN: order}, {}, problem)
-    except UserError:  # not with hidden dimensions alone
-        return
-    if _is_full(alone, best, problem):
-        yield alone
     scores, gate = scores_and_gates(masks)
-    whole = {name: score for name, score in scores.items() if name != "layers"}
+    units = {name: score for name, score in scores.items() if name != "layers"}
     allowed = problem.counts(Axis.HIDDEN, True)
-    larger = [count for count in allowed if count > alone.shape.hidden][:1]
-    for count in larger:
-        yield from _of_sizes({Axis.HIDDEN: count}, [whole], {}, best, problem)
-    for share in BETWEEN:
-        wanted = best.shape.hidden + share * (alone.shape.hidden - best.shape.hidden)
+    sizes = []
+    for layers in _depths(scores, best):
+        try:
+            alone = allocate_scores({Axis.HIDDEN: order, **layers}, {}, problem)
+        except UserError:  # not with hidden dimensions alone
+            continue
+        sizes.append(alone.shape.hidden)
+        if _is_full(alone, best, problem):
+            yield alone
+        for count in [count for count in allowed if count > sizes[-1]][:1]:
+            yield from _of_sizes({Axis.HIDDEN: count}, [{**units, **layers}], {}, best, problem)
+    for share in BETWEEN if sizes else ():
+        wanted = best.shape.hidden + share * (sizes[0] - best.shape.hidden)
         near = min(allowed, key=lambda count: abs(count - wanted))
         yield from _of_sizes({Axis.HIDDEN: near}, _ways(scores, best), gate, best, problem)
+
+
+def _depths(scores: dict[str, Tensor], best: PrunePlan) -> Iterator[dict[str, Tensor]]:
+    """Scores that keep all layers, or let about as many of them go as the best plan does."""
+    yield {}
+    if "layers" not in scores:
+        return
+    layers = scores["layers"]
+    order = layers[1:].flatten().argsort() + layers.shape[1]  # the first layer stays
+    num_gone = layers.numel() - int(_kept_layers(layers, best).sum())
+    for num in range(max(1, num_gone - 1), min(num_gone + 1, len(order) - 1) + 1):
+        kept = torch.ones(layers.numel(), dtype=layers.dtype).index_fill(0, order[:num], 0)
+        yield {"layers": kept.view_as(layers)}
+
+
+def _kept_layers(layers: Tensor, plan: PrunePlan) -> Tensor:
+    """Which layers, `(L, 1)`, or sub-layers, `(L, 2)`, a plan keeps, as these scores are shaped."""
+    return plan.present if layers.shape[1] == 2 else plan.present.any(1, keepdim=True)
 
 
 def _in_basis(plan: PrunePlan, maps: Mapping[Place, Tensor]) -> PrunePlan:
@@ -122,8 +142,7 @@ def _one_layer_fewer(scores: dict[str, Tensor], best: PrunePlan) -> Iterator[dic
     if "layers" not in scores or not bool(best.present[1:].any()):
         return
     layers = scores["layers"].clone()
-    gone = ~best.present if layers.shape[1] == 2 else ~best.present.any(1, keepdim=True)
-    left = layers.masked_fill(gone, torch.inf)
+    left = layers.masked_fill(~_kept_layers(layers, best), torch.inf)
     left[0] = torch.inf
     layers.view(-1)[left.argmin()] = 0
     yield {**scores, "layers": layers}

@@ -137,3 +137,26 @@ def test_an_oblique_basis_brings_plans_up_to_removing_hidden_dimensions_alone(
     assert len(steps) >= 3
     for plan in others:
         assert problem.cost.of(plan.shape) <= problem.budget.target
+
+
+@pytest.mark.parametrize("num_gone", [0, 1, 2])
+def test_layers_go_with_hidden_dimensions_and_hardly_anything_else(num_gone: int) -> None:
+    """FFN units only fill what a hidden dimension, which is 0.8% of this model, would leave."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
+        num_attention_heads=8,
+    )  # fmt: skip
+    architecture = family_for("llama").describe(config)
+    masks = VIBMasks(initial_shapes(architecture, ALL, True), -4.0, seed=0)
+    with torch.no_grad():
+        masks.log_var["layers"][1:3] = 1.0
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    problem = Problem(architecture, cost, Budget("params", int(0.7 * dense), dense), 1, True)
+    basis = ObliqueBasis(*[torch.eye(128, dtype=torch.float64)] * 2)
+    plans = [
+        plan.shape
+        for plan in candidates(masks, problem, basis)
+        if int((~plan.present.any(1)).sum()) == num_gone
+    ]
+    assert any(max(shape.ffn) > 0.95 * 352 and set(shape.heads) <= {0, 8} for shape in plans)
