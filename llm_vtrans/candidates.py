@@ -90,7 +90,11 @@ def _towards_hidden_alone(
 
 
 def _depths(scores: dict[str, Tensor], best: PrunePlan) -> Iterator[dict[str, Tensor]]:
-    """Scores that keep all layers, or let about as many of them go as the best plan does."""
+    """Scores that keep all layers, or let about as many of them go as the best plan does.
+
+    Those of lowest score go, or in place of the last of them the next one: layers that can be
+    spared are few, and their scores close.
+    """
     yield {}
     if "layers" not in scores:
         return
@@ -98,8 +102,9 @@ def _depths(scores: dict[str, Tensor], best: PrunePlan) -> Iterator[dict[str, Te
     order = layers[1:].flatten().argsort() + layers.shape[1]  # the first layer stays
     num_gone = layers.numel() - int(_kept_layers(layers, best).sum())
     for num in range(max(1, num_gone - 1), min(num_gone + 1, len(order) - 1) + 1):
-        kept = torch.ones(layers.numel(), dtype=layers.dtype).index_fill(0, order[:num], 0)
-        yield {"layers": kept.view_as(layers)}
+        for gone in (order[:num], torch.cat([order[: num - 1], order[num : num + 1]])):
+            kept = torch.ones(layers.numel(), dtype=layers.dtype).index_fill(0, gone, 0)
+            yield {"layers": kept.view_as(layers)}
 
 
 def _kept_layers(layers: Tensor, plan: PrunePlan) -> Tensor:
@@ -244,15 +249,15 @@ class _Shortlist:
 
 
 def _alike(one: PrunePlan, other: PrunePlan) -> bool:
-    """Whether hidden size, heads and sub-layers are about as many; FFN units fill the budget."""
-    return all(
+    """Whether the same sub-layers stay, of about the same sizes; FFN units fill the budget."""
+    return bool((one.present == other.present).all()) and all(
         abs(count - another) <= ALIKE * max(count, another)
         for count, another in zip(_sizes(one), _sizes(other), strict=True)
     )
 
 
-def _sizes(plan: PrunePlan) -> tuple[int, int, int]:
-    return plan.shape.hidden, sum(plan.shape.heads), int(plan.present.sum())
+def _sizes(plan: PrunePlan) -> tuple[int, int]:
+    return plan.shape.hidden, sum(plan.shape.heads)
 
 
 def _beyond(
