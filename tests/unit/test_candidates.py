@@ -26,6 +26,27 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
+# One hidden dimension is 0.8% of it.
+SMALL = LlamaConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
+    num_attention_heads=8,
+)  # fmt: skip
+
+
+def stock_problem(config: LlamaConfig, share: float) -> Problem:
+    """A share of a model's parameters, in the stock layout."""
+    architecture = family_for("llama").describe(config)
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    return Problem(architecture, cost, Budget("params", int(share * dense), dense), 1, True)
+
+
+def masks_for(problem: Problem, log_var: float) -> VIBMasks:
+    """Masks of all structures, hardly trained."""
+    shapes = initial_shapes(problem.architecture, ALL, problem.is_uniform)
+    return VIBMasks(shapes, log_var, seed=0)
+
+
 @pytest.fixture(params=[True, False])
 def case(request: pytest.FixtureRequest) -> tuple[VIBMasks, Problem]:
     """Masks with a spread of log_alpha, one layer redundant, and half the parameters."""
@@ -97,17 +118,10 @@ def test_the_shortlist_holds_the_best_of_plans_that_are_not_alike(
 
 def test_plans_that_lack_different_layers_are_not_alike() -> None:
     """Of the same sizes; which of two layers to spare may show only after some training."""
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
-        num_attention_heads=8,
-    )  # fmt: skip
-    architecture = family_for("llama").describe(config)
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    problem = Problem(architecture, cost, Budget("params", int(0.7 * dense), dense), 1, True)
+    problem = stock_problem(SMALL, 0.7)
     plans = []
     for gone in (2, 3):
-        masks = VIBMasks(initial_shapes(architecture, ALL, True), -4.0, seed=0)
+        masks = masks_for(problem, -4.0)
         with torch.no_grad():
             masks.log_var["layers"][gone] = 1.0
         plans.append(allocate(masks, problem))
@@ -133,11 +147,8 @@ def test_the_choice_passes_by_sizes_that_cannot_use_the_budget() -> None:
         vocab_size=256, hidden_size=48, intermediate_size=128, num_hidden_layers=8,
         num_attention_heads=4,
     )  # fmt: skip
-    architecture = family_for("llama").describe(config)
-    masks = VIBMasks(initial_shapes(architecture, ALL, True), 0.0, seed=0)
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    problem = Problem(architecture, cost, Budget("params", int(0.3 * dense), dense), 1, True)
+    problem = stock_problem(config, 0.3)
+    masks = masks_for(problem, 0.0)
     first = allocate(masks, problem).shape.hidden
     [(plan, _)] = shortlist(masks, problem, lambda plan: abs(plan.shape.hidden - 0.6 * first))
     assert plan.shape.hidden < 0.65 * first
@@ -164,18 +175,11 @@ def test_an_oblique_basis_brings_plans_up_to_removing_hidden_dimensions_alone(
 
 @pytest.mark.parametrize("num_gone", [0, 1, 2])
 def test_layers_go_with_hidden_dimensions_and_hardly_anything_else(num_gone: int) -> None:
-    """FFN units only fill what a hidden dimension, which is 0.8% of this model, would leave."""
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
-        num_attention_heads=8,
-    )  # fmt: skip
-    architecture = family_for("llama").describe(config)
-    masks = VIBMasks(initial_shapes(architecture, ALL, True), -4.0, seed=0)
+    """FFN units only fill what a hidden dimension would leave."""
+    problem = stock_problem(SMALL, 0.7)
+    masks = masks_for(problem, -4.0)
     with torch.no_grad():
         masks.log_var["layers"][1:3] = 1.0
-    cost = parameter_cost(architecture)
-    dense = cost.of(dense_shape(architecture))
-    problem = Problem(architecture, cost, Budget("params", int(0.7 * dense), dense), 1, True)
     basis = ObliqueBasis(*[torch.eye(128, dtype=torch.float64)] * 2)
     found = {
         tuple(torch.nonzero(~plan.present.any(1)).flatten().tolist())
