@@ -138,7 +138,7 @@ class Tuning(nn.Module):
         Args:
             loss: before training, in nats.
         """
-        distance = min(1.0, math.sqrt(loss))
+        distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
         rate = MAP_LEARNING_RATE * distance
         groups = [{"params": [p], "peak": rate / p.shape[1]} for p in maps]

@@ -106,7 +106,7 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     assert loss() < 0.9 * before
 
 
-@pytest.mark.parametrize(("loss", "distance"), [(0.04, 0.2), (0.0, 0.0), (9.0, 1.0)])
+@pytest.mark.parametrize(("loss", "distance"), [(0.04, 0.2), (0.0, 0.0), (-1e-9, 0.0), (9.0, 1.0)])
 def test_steps_are_as_long_as_the_way(loss: float, distance: float) -> None:
     """Rates follow the root of the loss, and stop growing at one nat."""
     tuning = fresh("llama")
