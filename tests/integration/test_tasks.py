@@ -22,6 +22,7 @@ from tests.tiny import VOCAB_SIZE, save_tiny
 
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 5)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+NUM_VALIDATION = 12
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def rows(kind: str, num: int, seed: int) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, kind: str) -> Path:
-    for seed, (name, num) in enumerate((("train", 40), ("validation", 12))):
+    for seed, (name, num) in enumerate((("train", 40), ("validation", NUM_VALIDATION))):
         lines = (json.dumps(row) for row in rows(kind, num, seed))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "train.jsonl"
@@ -99,7 +100,9 @@ def test_labelled_task(
     manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     for stage in ("dense", "pruned"):
         assert set(manifest["scores"][stage]) == scores
-    assert manifest["score"]["tuned"] == pytest.approx(manifest["score"]["pruned"], abs=1e-3)
+    # After two steps all spans of an answer score alike but for rounding: one of them may change.
+    tolerance = 1e-3 + (1 / NUM_VALIDATION if kind == "qa" else 0)
+    assert manifest["score"]["tuned"] == pytest.approx(manifest["score"]["pruned"], abs=tolerance)
     card = front_matter((tmp_path / "out" / "README.md").read_text())
     _, results = model_index_to_eval_results(card["model-index"])
     assert {r.metric_type: r.metric_value for r in results} == pytest.approx(
