@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Bytecode is written on first import: without it each of many processes compiles torch anew.
+unset PYTHONDONTWRITEBYTECODE
 bash launch/setup.sh
 .venv/bin/pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt \
     --editable ".[bitsandbytes,deepspeed,dev,tensorboard]" ||
