@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoConfig
 
-from llm_vtrans.arguments import SIZES, SUFFIXES
+from llm_vtrans.arguments import NUM_STEPS, SIZES, SUFFIXES, Count, PruneArguments
 from llm_vtrans.budget import dense_shape, mac_cost
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
@@ -86,15 +86,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--gpus", type=int, default=0, help="GPUs in all; 0 plans for the CPU")
     add("--gpu-memory", default="80GB", help="of one GPU, such as 24GB or 80GB")
     add("--host-memory", help="of one machine; default: this one's")
-    add("--samples", type=int, default=2400, help="calibration sequences")
-    add("--batch-size", type=int, default=8, help="sequences per rank and micro-batch")
+    add("--samples", type=int, help="calibration sequences; default as prune's")
+    add("--batch-size", type=int, help="sequences per rank and micro-batch; default as prune's")
     add("--seq-len", type=int, help="tokens in a sequence; default 512 or the model's context")
     add("--dtype", choices=DTYPE_BYTES, help="default bfloat16 on GPUs, float32 on the CPU")
     add("--peak", default="990T", help="operations a second of one device, such as 990T")
     add("--mfu", type=float, default=0.4, help="share of that which a run reaches")
     args = parser.parse_args(arguments)
     for name in ("samples", "batch_size"):
-        if getattr(args, name) < 1:
+        if (number := getattr(args, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("sparsity", "mfu"):
         if not 0 < getattr(args, name) < 1:
@@ -141,11 +141,11 @@ def plan(arguments: list[str]) -> None:
     config = read_config(args.model, args.revision)
     architecture = family_for(config.model_type).describe(config)
     seq_len = min(args.seq_len or 512, architecture.max_positions)
+    prune = _prune_arguments(args)
+    batch_size = prune.filled(seq_len, 1).batch_size
     dtype = args.dtype or ("bfloat16" if args.gpus else "float32")
     stored = config.dtype or torch.float32  # what configs that do not say mean
-    work = Workload(
-        args.batch_size, seq_len, max(1, args.gpus), DTYPE_BYTES[dtype], stored.itemsize
-    )
+    work = Workload(batch_size, seq_len, max(1, args.gpus), DTYPE_BYTES[dtype], stored.itemsize)
     _print_model(args, config, architecture, seq_len)
     base = GPU_PROCESS_BYTES if args.gpus else CPU_PROCESS_BYTES
     limit = _number("--gpu-memory", args.gpu_memory, SIZES) if args.gpus else 0.0
@@ -162,16 +162,22 @@ def plan(arguments: list[str]) -> None:
         first = first or (launch if fits else None)
         rows.append(_row(args, architecture, launch, memory, fits))
     print(table(rows))
-    print(f"time: {args.samples} sequences at {args.mfu:.0%} of {args.peak} operations/s a device")
+    what = f"{args.samples} sequences" if args.samples else f"{NUM_STEPS[prune.variant]} steps"
+    print(f"time: {what} at {args.mfu:.0%} of {args.peak} operations/s a device")
     if first is None:
         print("none fits: lower --batch-size or --seq-len, or bring more memory")
         return
     print(
         f"\nuse: accelerate launch --config_file launch/accelerate/{first.file} "
         f"--num_processes {first.work.num_ranks} \\\n    llm_vtrans/prune.py --model {args.model} "
-        f"--sparsity {args.sparsity:g} --batch-size {args.batch_size} --seq-len {seq_len} "
+        f"--sparsity {args.sparsity:g} --batch-size {batch_size} --seq-len {seq_len} "
         f"{first.flags}".rstrip()
     )
+
+
+def _prune_arguments(args: argparse.Namespace) -> PruneArguments:
+    """What `llm-vtrans prune` is given, so that its defaults are those of this plan."""
+    return PruneArguments(batch_size=Count(args.batch_size or 0), samples=args.samples or 0)
 
 
 def _print_model(
@@ -207,7 +213,9 @@ def _row(
     args: argparse.Namespace, architecture: Architecture, launch: Launch, memory: Memory, fits: bool
 ) -> tuple[str, ...]:
     peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * launch.work.num_ranks
-    seconds = training_flops(architecture, launch.work, args.samples) / peak
+    work = launch.work
+    samples = _prune_arguments(args).filled(work.seq_len, work.num_ranks).num_samples()
+    seconds = training_flops(architecture, work, samples) / peak
     host = describe_bytes(_host_bytes(architecture, launch)) if args.gpus else "-"
     phases = (memory.load, memory.train, memory.export, memory.score)
     sizes = (describe_bytes(size) for size in phases)

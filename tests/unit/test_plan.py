@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.command import USER_ERROR, run_command
 from llm_vtrans.families import family_for
@@ -27,6 +28,22 @@ def test_reads_the_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for file in ("multi_gpu.yaml", "zero3.yaml", "zero3_offload.yaml"):
         assert (Path("launch/accelerate") / file).is_file()
         assert file in output
+
+
+def test_defaults_are_those_of_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--gpus", "4", "--seq-len", "32", "--peak", "1M"]
+    plan(flags)
+    told = capsys.readouterr().out
+    prune = PruneArguments().filled(32, num_ranks=4)
+    assert f"--batch-size {prune.batch_size} " in told
+    given = ["--batch-size", str(prune.batch_size), "--samples", str(prune.num_samples())]
+    plan([*flags, *given])
+
+    def rows(output: str) -> list[str]:  # with the seconds of every launch
+        return [line for line in output.splitlines() if ".yaml" in line]
+
+    assert rows(capsys.readouterr().out) == rows(told)
 
 
 @pytest.mark.parametrize(
