@@ -23,22 +23,27 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = cells.SELECTION_WINDOWS + cells.CHOICE_WINDOWS
 
 
-def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.CompletedProcess[str]:
-    """Runs it on the inputs in `folder`."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+def command_for(folder: Path, *more: str, text: str = "other.txt") -> list[str]:
+    """Its command line for the inputs in `folder`."""
+    return [
         *(sys.executable, "eval/compare.py", "--model", str(folder / "model")),
         *("--data", str(folder / "text.txt"), "--texts", str(folder / text)),
         *("--samples", str(SAMPLES), "--context-length", str(SEQ_LEN)),
         *("--output", str(folder / "report"), *more),
     ]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
+
+
+def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.CompletedProcess[str]:
+    """Runs it on the inputs in `folder`."""
+    command = command_for(folder, *more, text=text)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -93,6 +98,23 @@ def test_ours_is_the_product(inputs: Path) -> None:
     found = {row["sparsity"]: row["figures"]["num_params"]["mean"] for row in rows}
     assert found[0.5] == manifest["params"]["after"]
     assert 0.6 * found[0.0] < found[0.3] <= 0.7 * found[0.0]
+
+
+@pytest.mark.slow
+def test_no_cell_outlives_a_killed_comparison(inputs: Path) -> None:
+    """Nor does it go on in vain: the training is one that can be resumed."""
+    write_inputs(inputs, num_paragraphs=20_000)
+    command = command_for(inputs, "--sparsity", "0.5", "--methods", "ours", "--samples", "100000")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step"):
+            break
+    process.kill()
+    _, errors = process.communicate(timeout=300)  # ends when the cell has closed its side
+    assert "stopped by SIGTERM; --resume continues" in errors
 
 
 def test_overlap_is_refused(inputs: Path) -> None:
