@@ -141,7 +141,7 @@ def plan(arguments: list[str]) -> None:
     config = read_config(args.model, args.revision)
     architecture = family_for(config.model_type).describe(config)
     seq_len = min(args.seq_len or 512, architecture.max_positions)
-    prune = _prune_arguments(args)
+    prune = PruneArguments(batch_size=Count(args.batch_size or 0), samples=args.samples or 0)
     batch_size = prune.filled(seq_len, 1).batch_size
     dtype = args.dtype or ("bfloat16" if args.gpus else "float32")
     stored = config.dtype or torch.float32  # what configs that do not say mean
@@ -160,7 +160,7 @@ def plan(arguments: list[str]) -> None:
         )
         fits = _fits(architecture, launch, memory, limit, host)
         first = first or (launch if fits else None)
-        rows.append(_row(args, architecture, launch, memory, fits))
+        rows.append(_row(args, prune, architecture, launch, memory, fits))
     print(table(rows))
     what = f"{args.samples} sequences" if args.samples else f"{NUM_STEPS[prune.variant]} steps"
     print(f"time: {what} at {args.mfu:.0%} of {args.peak} operations/s a device")
@@ -173,11 +173,6 @@ def plan(arguments: list[str]) -> None:
         f"--sparsity {args.sparsity:g} --batch-size {batch_size} --seq-len {seq_len} "
         f"{first.flags}".rstrip()
     )
-
-
-def _prune_arguments(args: argparse.Namespace) -> PruneArguments:
-    """What `llm-vtrans prune` is given, so that its defaults are those of this plan."""
-    return PruneArguments(batch_size=Count(args.batch_size or 0), samples=args.samples or 0)
 
 
 def _print_model(
@@ -210,11 +205,16 @@ def _host_bytes(architecture: Architecture, launch: Launch) -> int:
 
 
 def _row(
-    args: argparse.Namespace, architecture: Architecture, launch: Launch, memory: Memory, fits: bool
+    args: argparse.Namespace,
+    prune: PruneArguments,
+    architecture: Architecture,
+    launch: Launch,
+    memory: Memory,
+    fits: bool,
 ) -> tuple[str, ...]:
-    peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * launch.work.num_ranks
     work = launch.work
-    samples = _prune_arguments(args).filled(work.seq_len, work.num_ranks).num_samples()
+    peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * work.num_ranks
+    samples = prune.filled(work.seq_len, work.num_ranks).num_samples()
     seconds = training_flops(architecture, work, samples) / peak
     host = describe_bytes(_host_bytes(architecture, launch)) if args.gpus else "-"
     phases = (memory.load, memory.train, memory.export, memory.score)

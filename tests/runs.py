@@ -41,8 +41,8 @@ def flags(folder: Path, *more: str, samples: int = 16, batch_size: int = 2) -> l
     ]
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
-    """Starts the job as a process from the repository root."""
+def start(arguments: list[str], *launcher: str, entry: str = ENTRY) -> subprocess.Popen[str]:
+    """Starts the job, or another program, as a process from the repository root."""
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         "OMP_NUM_THREADS": "1",
@@ -50,7 +50,7 @@ def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
     if "ACCELERATE_USE_DEEPSPEED" not in environment:  # the other would switch DeepSpeed off
         environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
-        [sys.executable, *launcher, ENTRY, *arguments],
+        [sys.executable, *launcher, entry, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,34 +14,27 @@ from eval.comparison import cell as cells
 from eval.comparison import plots, report
 from eval.comparison.overlap import check_apart
 from llm_vtrans.errors import UserError
-from tests.runs import SEQ_LEN, write_inputs
+from tests.runs import SEQ_LEN, start, write_inputs
 from tests.tiny import VOCAB_SIZE
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = cells.SELECTION_WINDOWS + cells.CHOICE_WINDOWS
 
 
-ENVIRONMENT = {
-    **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-}
-
-
-def command_for(folder: Path, *more: str, text: str = "other.txt") -> list[str]:
-    """Its command line for the inputs in `folder`."""
-    return [
-        *(sys.executable, "eval/compare.py", "--model", str(folder / "model")),
-        *("--data", str(folder / "text.txt"), "--texts", str(folder / text)),
-        *("--samples", str(SAMPLES), "--context-length", str(SEQ_LEN)),
-        *("--output", str(folder / "report"), *more),
+def start_compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.Popen[str]:
+    """Starts it on the inputs in `folder`."""
+    arguments = [
+        *("--model", str(folder / "model"), "--data", str(folder / "text.txt")),
+        *("--texts", str(folder / text), "--output", str(folder / "report")),
+        *("--samples", str(SAMPLES), "--context-length", str(SEQ_LEN), *more),
     ]
+    return start(arguments, entry="eval/compare.py")
 
 
 def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.CompletedProcess[str]:
-    """Runs it on the inputs in `folder`."""
-    command = command_for(folder, *more, text=text)
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    """Runs it to its end."""
+    process = start_compare(folder, *more, text=text)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 @pytest.fixture
@@ -104,10 +95,8 @@ def test_ours_is_the_product(inputs: Path) -> None:
 def test_no_cell_outlives_a_killed_comparison(inputs: Path) -> None:
     """Nor does it go on in vain: the training is one that can be resumed."""
     write_inputs(inputs, num_paragraphs=20_000)
-    command = command_for(inputs, "--sparsity", "0.5", "--methods", "ours", "--samples", "100000")
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    given = ["--sparsity", "0.5", "--methods", "ours", "--samples", "100000"]
+    process = start_compare(inputs, *given)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step"):
