@@ -67,7 +67,7 @@ class Chooser:
         for plan, loss in plans:
             self.use(plan)
             rehearse(plan, loss)
-            losses.append(self._measured())
+            losses.append(self.measured())
         return plans[losses.index(min(losses))][0]
 
     def use(self, plan: PrunePlan) -> None:
@@ -79,10 +79,10 @@ class Chooser:
     def loss(self, plan: PrunePlan) -> float:
         """Distillation loss of the hard-masked network, a mean over the batches in nats."""
         self.use(replace(plan, basis=self._head_basis))
-        return self._measured()
+        return self.measured()
 
     @torch.no_grad()
-    def _measured(self) -> float:
+    def measured(self) -> float:
         """The same of the network as it is."""
         return fmean(float(self._distillation.loss(*pair)) for pair in self._taught)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_vtrans.allocation import PrunePlan, allocate
-from llm_vtrans.attachment import MaskedModel, logits_of
+from llm_vtrans.attachment import Gates, MaskedModel, logits_of
 from llm_vtrans.choosing import Chooser, hard_gates
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
@@ -41,6 +41,7 @@ from llm_vtrans.preparation import Prepared
 from llm_vtrans.quantised import FULL
 from llm_vtrans.recording import result_line, write_record
 from llm_vtrans.recovering import recover_checkpoint
+from llm_vtrans.regression import fit_readers
 from llm_vtrans.reporting import METRICS_FILE
 from llm_vtrans.reuse import reused_masks
 from llm_vtrans.rotation import principal_basis, rotate_model
@@ -310,12 +311,28 @@ class Job(Prepared):
             return
         sparsity = self.problem.sparsity(self.plan.shape)
         gates = hard_gates(self.plan, self.accelerator.device)
-        objective = TuneObjective(self.distillation, gates, self.untuned, sparsity, self.settings)
         with self.reporter.phase("tune"):
+            if self.saved is None:
+                self.untuned = self.fit(gates)
+            objective = TuneObjective(
+                self.distillation, gates, self.untuned, sparsity, self.settings
+            )
             self._train(objective, {**self._rotation(), **self._found()})
             self.masked.set_gates(gates)
             self.perplexity["tuned"] = self._heldout(self.masked.model)
             self.masked.set_gates(None)
+
+    def fit(self, gates: Gates) -> float:
+        """Sets in closed form what can be, and tells what the network loses then, in nats.
+
+        Weights that are trained are the dense network's no more, so they are left alone.
+        """
+        if self.args.trains_weights:
+            return self.untuned
+        chooser, batches = self.chooser(), self._first_batches(ROTATION_WINDOWS)
+        chooser.use(self.plan)
+        self.tuning.is_on = True  # with the identity, where a plan has no maps
+        return fit_readers(self.masked, gates, batches, chooser.measured)
 
     def _rotation(self) -> dict[str, Tensor]:
         return {} if self.rotation is None else {"rotation": self.rotation}

@@ -58,7 +58,7 @@ class Tuning(nn.Module):
         self._layers_per_map = layers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
-                self._map_name(place, layer): nn.Parameter(torch.eye(size))
+                self.map_name(place, layer): nn.Parameter(torch.eye(size))
                 for place in places
                 for layer in (range(architecture.num_layers) if place in INSIDE else [None])
             }
@@ -80,12 +80,13 @@ class Tuning(nn.Module):
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
         return self.scales.get(scale_name(module, side)) if self.is_on else None
 
-    def _map_name(self, place: Place, layer: int | None) -> str:
+    def map_name(self, place: Place, layer: int | None) -> str:
+        """Key of the map in a place, whether there is one or not."""
         return place.value if layer is None else f"{place.value}{layer // self._layers_per_map}"
 
     def map(self, place: Place, layer: int | None) -> Tensor | None:
         """Map of what is written or read in a place, `(hidden_size, hidden_size)`."""
-        return self.maps.get(self._map_name(place, layer)) if self.is_on else None
+        return self.maps.get(self.map_name(place, layer)) if self.is_on else None
 
     @torch.no_grad()
     def start(self, maps: Mapping[Place, Tensor] | None) -> None:
@@ -120,7 +121,7 @@ class Tuning(nn.Module):
             return columns if rotation is None else rotation.cpu() @ columns
 
         return Basis(
-            lambda place, layer: directions(self._map_name(place, layer)), rotation is not None
+            lambda place, layer: directions(self.map_name(place, layer)), rotation is not None
         )
 
     def factors(self) -> dict[str, Tensor]:

@@ -42,7 +42,15 @@ class Labels(Distillation):
         return with_sum({"distillation": self.loss(inputs_of(batch), None)})
 
 
-class LabelJob(Job):
+class NoFitJob(Job):
+    """Tuning starts from the maps of the plan."""
+
+    def fit(self, gates: Gates) -> float:
+        """Nothing."""
+        return self.untuned
+
+
+class LabelJob(NoFitJob):
     """Learns from the text, not from the dense network."""
 
     def _connect(self, model: PreTrainedModel, teacher: nn.Module | None = None) -> None:
@@ -109,6 +117,7 @@ ABLATIONS = {
     "ours-no-local-search": Ablation(kind=OwnPlanJob),
     "ours-no-hidden": Ablation(("--prune", "heads,ffn,layers")),
     "ours-no-oblique-basis": Ablation(kind=OwnBasisJob),
+    "ours-no-regression": Ablation(kind=NoFitJob),
     "ours-no-tuning": Ablation(("--tune-share", "0")),
     "ours-no-token-noise": Ablation(("--token-noise", "0")),
     "ours-no-own-words": Ablation(("--own-words", "0")),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval.comparison.ablations import ABLATIONS, Labels
+from eval.comparison.ablations import ABLATIONS, Ablation, Labels
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.families import family_for
 from llm_vtrans.prune import prune
@@ -66,3 +66,19 @@ def test_masks_keep_their_own_dimensions(inputs: Path, tmp_path: Path, name: str
     best = alpha.argsort()[: int(kept.sum())]
     assert 0 < kept.sum() < len(kept) and bool(kept[best].all())
     assert manifest["params"]["after"] <= manifest["budget"]["target"]
+
+
+def test_without_regression(inputs: Path, tmp_path: Path) -> None:
+    """The same masks and plan; what tuning starts from is further from the teacher."""
+    losses, kept = [], []
+    for name in ("ours", "ours-no-regression"):
+        ablation = ABLATIONS.get(name, Ablation())
+        copy_inputs(inputs, folder := tmp_path / name)
+        options = ("--quiet", "--log-every", "1", "--prune", "hidden")
+        prune([*flags(folder, *options, samples=24), *ablation.options], ablation.kind)
+        lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        losses.append(next(m["distillation"] for m in metrics if m["step"] > len(metrics) // 2))
+        kept.append(load_file(folder / "out" / "masks.safetensors")["keep.hidden"])
+    assert torch.equal(*kept)
+    assert losses[0] < losses[1]
