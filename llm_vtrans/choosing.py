@@ -16,6 +16,7 @@ from llm_vtrans.head_basis import HeadBasis
 from llm_vtrans.masks import VIBMasks
 from llm_vtrans.oblique import ObliqueBasis
 from llm_vtrans.problem import Problem
+from llm_vtrans.ranks import agreed
 from llm_vtrans.tasks.encoding import Batch
 
 NUM_REHEARSED = 4  # what a plan loses before tuning tells the best few, not which of them is best
@@ -84,7 +85,7 @@ class Chooser:
     @torch.no_grad()
     def measured(self) -> float:
         """The same of the network as it is."""
-        return fmean(float(self._distillation.loss(*pair)) for pair in self._taught)
+        return agreed(fmean(float(self._distillation.loss(*pair)) for pair in self._taught))
 
 
 def hard_gates(plan: PrunePlan, device: torch.device) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Dim, Role
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.ranks import agreed
 from llm_vtrans.zero3 import gathered
 
 FLOOR = 1e-9  # of the largest eigenvalue: keeps a moment of few tokens invertible
@@ -146,7 +147,7 @@ def balanced_basis(
     with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    return _balance(moments)
+    return agreed(_balance(moments))
 
 
 def _balance(moments: Mapping[Role, Tensor]) -> HeadBasis:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +38,7 @@ from llm_vtrans.oblique import ObliqueBasis, oblique_basis
 from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.preparation import Prepared
 from llm_vtrans.quantised import FULL
+from llm_vtrans.ranks import agreed
 from llm_vtrans.recording import result_line, write_record
 from llm_vtrans.recovering import recover_checkpoint
 from llm_vtrans.regression import fit_readers
@@ -228,6 +228,8 @@ class Job(Prepared):
             self._train(objective, self._rotation())
             if shrinker is not None:
                 shrinker.expand()
+        trained = {name: tensor.cpu() for name, tensor in self.masks.state_dict().items()}
+        self.masks.load_state_dict(agreed(trained))  # plans follow from the last digit
 
     def allocate(self) -> None:
         """Picks the kept units and measures the hard-masked model, in both layouts."""
@@ -397,7 +399,7 @@ class Job(Prepared):
                 self.accelerator.free_memory()
                 if pruning is not None:
                     hashes = self._write_weights(folder, pruning)
-            written = Path(broadcast_object_list([str(folder)])[0])
+            written = Path(agreed(str(folder)))
             if self.args.recovers:
                 hashes = recover_checkpoint(self, written, hashes)
                 self.accelerator.free_memory()

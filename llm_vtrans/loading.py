@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -25,6 +24,7 @@ from llm_vtrans.families import Architecture, Family, family_for
 from llm_vtrans.families.base import head_of
 from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.quantised import FULL, is_quantised, set_quantised
+from llm_vtrans.ranks import agreed
 from llm_vtrans.rotation import rotate_tensor
 from llm_vtrans.widened import widen_where_slow
 from llm_vtrans.zero3 import gathered, is_writer
@@ -293,7 +293,7 @@ def fill_model(
             else:
                 with torch.no_grad():
                     parameter.copy_(weight)
-    damaged = broadcast_object_list([damaged])[0]  # rank zero may have read for all
+    damaged = agreed(damaged)  # rank zero may have read for all
     if damaged:
         raise UserError(damaged)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 
 from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.ranks import agreed
 
 CACHE = Path(HF_HOME) / "llm_vtrans"
 
@@ -41,7 +41,7 @@ def remembered(
             found = measure()
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(file, json.dumps(found))
-    return broadcast_object_list([found])[0]
+    return agreed(found)
 
 
 def _traits(device: torch.device) -> list[object]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.families.base import Architecture, Axis, Place, Stream
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.ranks import agreed
 
 RIDGE = 0.01  # of the mean Fisher information: every direction counts a little
 
@@ -48,7 +49,8 @@ class ObliqueBasis:
         ridge = RIDGE * torch.eye(len(self.fisher), dtype=torch.float64, device=self.fisher.device)
         lower = torch.linalg.cholesky(self.fisher + ridge)
         _, vectors = torch.linalg.eigh(lower.T @ self.inputs @ lower)
-        return lower, vectors.flip(1)
+        lower, vectors = agreed((lower.cpu(), vectors.flip(1).cpu()))
+        return lower.to(self.fisher.device), vectors.to(self.fisher.device)
 
     def maps(self, size: int) -> dict[Place, Tensor]:
         """The best projection that keeps `size` dimensions, as maps of `Tuning`.
@@ -109,7 +111,7 @@ def oblique_basis(
                     flat = tensor.detach().flatten(0, -2).float()
                     moment.addmm_(flat.T, flat)
     inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
-    if not bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all()):
+    if not agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all())):
         return None
     return ObliqueBasis(inputs, fisher)
 

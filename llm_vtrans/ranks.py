@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 MEETING_TIMEOUT = timedelta(minutes=10)  # a process that has not come by then never will
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
+T = TypeVar("T")
 
 
 def join(**options: Any) -> Accelerator:
@@ -28,6 +29,16 @@ def join(**options: Any) -> Accelerator:
     if torch.distributed.is_initialized():
         _set_pg_timeout(EXPORT_TIMEOUT)
     return accelerator
+
+
+def agreed(found: T) -> T:
+    """Rank zero's value on all ranks: processors differ in how they round, and in time.
+
+    Args:
+        found: whatever pickle takes, tensors on the CPU; every rank must come here.
+    """
+    of_rank_zero: T = broadcast_object_list([found])[0]
+    return of_rank_zero
 
 
 def _launch_options() -> dict[str, Any]:

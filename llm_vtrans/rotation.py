@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
 from llm_vtrans.hooks import removed_after
+from llm_vtrans.ranks import agreed
 from llm_vtrans.zero3 import gathered, is_writer
 
 
@@ -189,6 +190,5 @@ def principal_basis(
     with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    # Each rank sees the same batches, so all ranks hold the same basis.
     _, vectors = torch.linalg.eigh(moment.double().cpu())
-    return vectors.flip(1).float().contiguous()
+    return agreed(vectors.flip(1).float().contiguous())

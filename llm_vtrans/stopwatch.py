@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from llm_vtrans.budget import dense_shape
 from llm_vtrans.families.base import Architecture, Shape
@@ -15,6 +14,7 @@ from llm_vtrans.latency import Pass
 from llm_vtrans.latency_cost import LatencyCost, Times, latency_cost
 from llm_vtrans.loading import Source
 from llm_vtrans.measurements import remembered
+from llm_vtrans.ranks import agreed
 from llm_vtrans.shaped import random_network, shaped_config
 
 REPEATS = 2  # the faster one counts: what else runs on a machine only slows it
@@ -46,7 +46,7 @@ class Stopwatch:
             is_uniform: stock layout, else per-layer.
         """
         found = self._measure(shape, is_uniform) if PartialState().is_main_process else 0.0
-        return float(broadcast_object_list([found])[0])
+        return agreed(found)
 
     def table(self, sizes: list[int]) -> LatencyCost:
         """The table at these hidden sizes, measured once for a device, dtype and model shape."""

@@ -59,9 +59,9 @@ def start(arguments: list[str], *launcher: str, entry: str = ENTRY) -> subproces
     )
 
 
-def finish(arguments: list[str], *launcher: str) -> str:
+def finish(arguments: list[str], *launcher: str, entry: str = ENTRY) -> str:
     """Runs the job to its end, which must be a success; returns its standard output."""
-    process = start(arguments, *launcher)
+    process = start(arguments, *launcher, entry=entry)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output

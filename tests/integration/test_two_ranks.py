@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import finish, flags, write_inputs
+from tests.runs import copy_inputs, finish, flags, write_inputs
 
 NUM_STEPS, GLOBAL_BATCH = 20, 4
 # `accelerate launch --cpu --num_processes 2` starts a single process: it leaves CPU ranks to
@@ -16,14 +16,17 @@ NUM_STEPS, GLOBAL_BATCH = 20, 4
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+SAMPLES = NUM_STEPS * GLOBAL_BATCH
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Results of one rank and of two, in `out` of each."""
     one = write_inputs(tmp_path_factory.mktemp("one"))
     two = copytree(one, tmp_path_factory.mktemp("two"), dirs_exist_ok=True)
-    samples, half = NUM_STEPS * GLOBAL_BATCH, GLOBAL_BATCH // 2
-    finish(flags(one, "--gradient-accumulation", "2", samples=samples, batch_size=half))
-    finish(flags(two, samples=samples, batch_size=half), *TWO_RANKS)
+    half = GLOBAL_BATCH // 2
+    finish(flags(one, "--gradient-accumulation", "2", samples=SAMPLES, batch_size=half))
+    finish(flags(two, samples=SAMPLES, batch_size=half), *TWO_RANKS)
     return one, two
 
 
@@ -45,3 +48,15 @@ def test_one_rank_writes(folders: tuple[Path, Path]) -> None:
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     lines = (two / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+
+
+def test_ranks_agree_on_directions(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """However each would round, all take rank zero's basis and train one network."""
+    two = folders[1]
+    other = copy_inputs(two, tmp_path)
+    arguments = flags(other, samples=SAMPLES, batch_size=GLOBAL_BATCH // 2)
+    finish(arguments, *TWO_RANKS, entry="tests/other_processor.py")
+    expected, found = (load_file(f / "out" / "masks.safetensors") for f in (two, other))
+    assert "rotation" in expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
