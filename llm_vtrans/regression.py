@@ -13,7 +13,7 @@ place). A pass fits all places at once, which changes what later ones see: hence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from llm_vtrans.attachment import (
 from llm_vtrans.families.base import Stream, Sublayer, TensorSpec
 from llm_vtrans.hooks import removed_after
 from llm_vtrans.layer_matching import token_mask
+from llm_vtrans.ranks import agreed
 from llm_vtrans.tasks.encoding import Batch
 
 RIDGE = 0.01  # of the mean square of what is read, towards the map that is there
@@ -53,25 +54,26 @@ def fit_readers(
     Returns:
         What it loses at the end: no more than at the beginning.
     """
-    maps = masked.tuning.maps
+    places = _places(masked, gates)
+    maps = {name: masked.tuning.maps[name].data for name in places.values()}
     loss = measure()
     for _ in range(MAX_PASSES):
-        before = {name: maps[name].clone() for name in masked.tuning.maps}
-        _refit(masked, gates, batches)
+        before = {name: matrix.clone() for name, matrix in maps.items()}
+        _refit(masked, gates, batches, places)
         fitted = measure()
         if not fitted < loss:  # nor if it is NaN
-            with torch.no_grad():
-                for name, matrix in before.items():
-                    maps[name].copy_(matrix)
+            for name, matrix in before.items():
+                maps[name].copy_(matrix)
             break
         loss = fitted
     return loss
 
 
 @torch.no_grad()
-def _refit(masked: MaskedModel, gates: Gates, batches: Iterable[Batch]) -> None:
+def _refit(
+    masked: MaskedModel, gates: Gates, batches: Iterable[Batch], places: Mapping[str, str]
+) -> None:
     """One regression of all maps of what is read, on one set of observations."""
-    maps, places = masked.tuning.maps, _places(masked, gates)
     kept = gates.get(KEPT_HIDDEN)
     moments: dict[str, list[Tensor]] = {}
     for batch in batches:
@@ -87,9 +89,11 @@ def _refit(masked: MaskedModel, gates: Gates, batches: Iterable[Batch]) -> None:
             gram.addmm_(s.T, s)
             cross.addmm_(x.T, s)
     for name, (gram, cross) in moments.items():
-        matrix = maps[name]
+        matrix = masked.tuning.maps[name]
         columns = torch.arange(len(matrix), device=matrix.device) if kept is None else kept
-        matrix[:, columns] = _regression(gram.double(), cross.double(), matrix[:, columns].double())
+        start = matrix[:, columns].double()
+        fitted = agreed(_regression(gram.double(), cross.double(), start).cpu())
+        matrix[:, columns] = fitted.to(matrix.device)
 
 
 def _regression(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
