@@ -8,7 +8,8 @@ those that stayed: the map `M` of what is read that makes least of
 is a regression of what the dense network's norms give their readers, `x`, on what those of the
 hard-masked network give, `s`. Whatever weight `W` stands behind, `W M` is then the best reader of
 `s` (least squares as in SparseGPT, arXiv:2301.00774, equation 1, shared by all that read in one
-place). A pass fits all places at once, which changes what later ones see: hence several.
+place). A pass fits all places at once, which changes what later ones see: hence several, each
+of them half of the way (a damped Jacobi iteration: the whole way overshoots).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from llm_vtrans.ranks import agreed
 from llm_vtrans.tasks.encoding import Batch
 
 RIDGE = 0.01  # of the mean square of what is read, towards the map that is there
+STEP = 0.5  # of the way to each regression's solution
 MAX_PASSES = 3
 
 
@@ -93,7 +95,7 @@ def _refit(
         columns = torch.arange(len(matrix), device=matrix.device) if kept is None else kept
         start = matrix[:, columns].double()
         fitted = agreed(_regression(gram.double(), cross.double(), start).cpu())
-        matrix[:, columns] = fitted.to(matrix.device)
+        matrix[:, columns] = matrix[:, columns].lerp(fitted.to(matrix.device), STEP)
 
 
 def _regression(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
