@@ -11,12 +11,10 @@ from safetensors.torch import load_file
 from tests.runs import copy_inputs, finish, flags, write_inputs
 
 NUM_STEPS, GLOBAL_BATCH = 20, 4
+SAMPLES = NUM_STEPS * GLOBAL_BATCH
 # `accelerate launch --cpu --num_processes 2` starts a single process: it leaves CPU ranks to
 # MPI. torchrun sets the variables that accelerate reads.
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-SAMPLES = NUM_STEPS * GLOBAL_BATCH
 
 
 @pytest.fixture(scope="module")
