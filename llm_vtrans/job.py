@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,29 +20,20 @@ from llm_vtrans.choosing import Chooser, hard_gates
 from llm_vtrans.dense_teacher import DenseTeacher
 from llm_vtrans.distillation import Distillation, SelfDistillation
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.export import Pruning, export_model
 from llm_vtrans.families import Shape
 from llm_vtrans.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.latency import forward_ms
 from llm_vtrans.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.loading import Weights, fill_model, load_model
-from llm_vtrans.manifest import (
-    dtype_name,
-    figures,
-    plan_tensors,
-    saved_plan,
-    write_masks,
-)
+from llm_vtrans.manifest import dtype_name, figures, plan_tensors, saved_plan
 from llm_vtrans.masks import VIBMasks
+from llm_vtrans.measuring import Measurements
 from llm_vtrans.oblique import ObliqueBasis, oblique_basis
 from llm_vtrans.own_words import own_windows, with_windows
 from llm_vtrans.preparation import Prepared
 from llm_vtrans.quantised import FULL
 from llm_vtrans.ranks import agreed
-from llm_vtrans.recording import result_line, write_record
-from llm_vtrans.recovering import recover_checkpoint
+from llm_vtrans.recording import result_line
 from llm_vtrans.regression import fit_readers
-from llm_vtrans.reporting import METRICS_FILE
 from llm_vtrans.reuse import reused_masks
 from llm_vtrans.rotation import principal_basis, rotate_model
 from llm_vtrans.run_state import (
@@ -50,20 +41,17 @@ from llm_vtrans.run_state import (
     STATE_FOLDER,
     extra_tensors,
     open_state,
-    remove_state,
     restore,
     save_state,
 )
 from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.shrinking import Shrinker
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
-from llm_vtrans.trained_weights import (
-    stored_weights,
-    train_weights,
-)
+from llm_vtrans.trained_weights import train_weights
 from llm_vtrans.training import Objective, Progress, train
 from llm_vtrans.tune import Rehearsal, TuneObjective
 from llm_vtrans.tuning import Tuning
+from llm_vtrans.writing import write_result
 from llm_vtrans.zero3 import attach, configure, is_partitioned
 
 SCORE, UNTUNED = "score.", "untuned"  # a prefix of tensors on disk, and one of them
@@ -77,9 +65,7 @@ class Job(Prepared):
     """A run between its stages; `prepare` makes it, the other methods are called in order.
 
     Attributes:
-        perplexity: headline score after every stage.
-        scores: all scores of the dense and the written model.
-        latency: milliseconds of a pass by what it was measured on.
+        measured: scores and times of the networks that the run had and made.
         rotation: of the residual stream, if it is rotated.
         head_basis: of the heads, where not all of their dimensions are kept.
         untuned: what the plan loses before anything is trained for it, in nats.
@@ -87,9 +73,6 @@ class Job(Prepared):
             calibration text, a model's own words tell what else a plan loses.
     """
 
-    perplexity: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    latency: dict[str, dict[str, float]] = field(default_factory=dict)
     rotation: Tensor | None = None
     head_basis: HeadBasis | None = None
     choice: Examples | None = None
@@ -102,7 +85,15 @@ class Job(Prepared):
     tuning: Tuning = field(init=False)
     is_searched: bool = field(init=False)
     plan: PrunePlan = field(init=False)
+    measured: Measurements = field(init=False)
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_whole = self.args.load_in == FULL and not is_partitioned(self.accelerator)
+        self.measured = Measurements(
+            self.data, self.accelerator, self.args.batch_size,
+            self.dtype if is_whole else None, self.stopwatch,
+        )  # fmt: skip
 
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""
@@ -112,12 +103,11 @@ class Job(Prepared):
         with self.reporter.phase("load"):
             dtype = torch.float32 if self.args.trains_weights else self.dtype
             model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
-        self._time("dense", model)  # before anything is hooked onto it
+        self.measured.time("dense", model)  # before anything is hooked onto it
         if not self.args.trains_weights:
             self._connect(model)
         self._check_overflow(model)
-        self.scores["dense"] = self.data.evaluate(model, self.args.batch_size)
-        self.perplexity["dense"] = self.scores["dense"][self.data.headline]
+        self.measured.score("dense", model)
         if self.data.kind == "clm" and self.args.own_words:
             with self.reporter.phase("own words"):
                 self._write_own_words(model)
@@ -225,7 +215,7 @@ class Job(Prepared):
             self.distillation, self.masks, self.problem.limits, self.settings, shrinker
         )
         with self.reporter.phase("search"):
-            self._train(objective, self._rotation())
+            self._train(objective, self.rotation_record())
             if shrinker is not None:
                 shrinker.expand()
         trained = {name: tensor.cpu() for name, tensor in self.masks.state_dict().items()}
@@ -248,7 +238,7 @@ class Job(Prepared):
 
             def measure(plan: PrunePlan, name: str) -> None:
                 chooser.use(plan)
-                self.perplexity[name] = self._heldout(self.masked.model)
+                self.measured.stage(name, self.masked.model)
 
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
@@ -295,7 +285,8 @@ class Job(Prepared):
 
         The network has changed by then, so it can neither choose nor measure again.
         """
-        numbers = {UNTUNED: self.untuned, **{SCORE + n: x for n, x in self.perplexity.items()}}
+        headline = {SCORE + n: x for n, x in self.measured.headline.items()}
+        numbers = {UNTUNED: self.untuned, **headline}
         scores = {n: torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()}
         return {**self.masks.state_dict(), **plan_tensors(self.plan), **scores}
 
@@ -303,7 +294,7 @@ class Job(Prepared):
         """Takes plan and scores from a saved state."""
         self.plan = replace(saved_plan(found), basis=self.head_basis)
         self.untuned = found[UNTUNED].item()
-        self.perplexity = {
+        self.measured.headline = {
             n[len(SCORE) :]: x.item() for n, x in found.items() if n.startswith(SCORE)
         }
 
@@ -319,9 +310,9 @@ class Job(Prepared):
             objective = TuneObjective(
                 self.distillation, gates, self.untuned, sparsity, self.settings
             )
-            self._train(objective, {**self._rotation(), **self._found()})
+            self._train(objective, {**self.rotation_record(), **self._found()})
             self.masked.set_gates(gates)
-            self.perplexity["tuned"] = self._heldout(self.masked.model)
+            self.measured.stage("tuned", self.masked.model)
             self.masked.set_gates(None)
 
     def fit(self, gates: Gates) -> float:
@@ -336,7 +327,8 @@ class Job(Prepared):
         self.tuning.is_on = True  # with the identity, where a plan has no maps
         return fit_readers(self.masked, gates, batches, chooser.measured)
 
-    def _rotation(self) -> dict[str, Tensor]:
+    def rotation_record(self) -> dict[str, Tensor]:
+        """The rotation by its name on disk, if there is one."""
         return {} if self.rotation is None else {"rotation": self.rotation}
 
     def _train(self, objective: Objective, record: dict[str, Tensor]) -> None:
@@ -387,92 +379,23 @@ class Job(Prepared):
         self.reporter.progress(self.output.path / STATE_FOLDER, progress)
         self.accelerator.log(progress.metrics, step=progress.step)
 
-    def _heldout(self, model: Any) -> float:
-        return self.data.evaluate(model, self.args.batch_size)[self.data.headline]
-
     def export(self) -> None:
-        """Writes the pruned checkpoint and its record on rank zero; other ranks wait."""
-        is_main, hashes = self.accelerator.is_main_process, {}
-        with self.output if is_main else nullcontext(Path()) as folder:
-            with self._pruning() if is_main else nullcontext() as pruning:
-                del self.masked, self.distillation  # what is written is cut from files
-                self.accelerator.free_memory()
-                if pruning is not None:
-                    hashes = self._write_weights(folder, pruning)
-            written = Path(agreed(str(folder)))
-            if self.args.recovers:
-                hashes = recover_checkpoint(self, written, hashes)
-                self.accelerator.free_memory()
-            self.score(written, "pruned")
-            if is_main:
-                metrics = self.output.path / STATE_FOLDER / METRICS_FILE
-                self.manifest = write_record(self, folder, hashes, metrics)
-        if is_main:
-            remove_state(self.output.path)
-        self.accelerator.wait_for_everyone()
-
-    def _write_weights(self, folder: Path, pruning: Pruning) -> dict[str, str]:
-        args = self.args
-        with self.reporter.phase("export"):
-            hashes = export_model(
-                pruning, self.source.family, self.source.config, self.problem.is_uniform, folder,
-                args.shard_bytes(),
-            )  # fmt: skip
-            write_masks(
-                folder,
-                {
-                    **self.masks.state_dict(),
-                    **plan_tensors(self.plan),
-                    **self._rotation(),
-                    **{f"tuned.{name}": t for name, t in self.tuning.state_dict().items()},
-                },
-                self.source.checkpoint.sha256,
-            )
-        return hashes
-
-    @contextmanager
-    def _pruning(self) -> Iterator[Pruning]:
-        """The plan bound to the weights it prunes, frozen or trained."""
-        dtype = None if self.args.export_dtype == "auto" else getattr(torch, self.args.export_dtype)
-        dense, architecture, rotation = self.source.checkpoint, self.architecture, self.rotation
-        factors = self.tuning.factors()
-        if not self.args.trains_weights:
-            basis = self.tuning.basis(rotation)
-            yield Pruning(dense, architecture, self.plan, basis, dtype, factors)
-            return
-        # Trained weights are stored rotated and in float32.
-        basis = self.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
-        dtype = dtype or dense.tensors[architecture.embedding.name].dtype
-        folder, size = self.output.path / STATE_FOLDER, self.args.shard_bytes()
-        with stored_weights(self.masked.model, architecture, dense, folder, size) as trained:
-            yield Pruning(trained, architecture, self.plan, basis, dtype, factors)
+        """Writes the pruned checkpoint and its record; the job's own network is gone then."""
+        write_result(self)
 
     def score(self, folder: Path, name: str) -> None:
         """Measures what was written as a user would load it, on rank zero unless all hold it."""
         if not (self.accelerator.is_main_process or is_partitioned(self.accelerator)):
             return
         with self.reporter.phase("score"):
-            pruned = self.source.auto_class.from_pretrained(
+            written = self.source.auto_class.from_pretrained(
                 folder, dtype=self.dtype, trust_remote_code=False
             )
-            attach(self.accelerator, pruned)
-            pruned.to(self.accelerator.device)
-            self.scores[name] = self.data.evaluate(pruned, self.args.batch_size)
-            self.perplexity[name] = self.scores[name][self.data.headline]
+            attach(self.accelerator, written)
+            written.to(self.accelerator.device)
+            self.measured.score(name, written)
             if name == "pruned":
-                self._time(name, pruned)
-
-    def _time(self, name: str, model: PreTrainedModel) -> None:
-        """Times a pass of one sequence where both networks lie whole in one dtype and device."""
-        is_whole = self.args.load_in == FULL and not is_partitioned(self.accelerator)
-        if self.accelerator.is_main_process and is_whole and model.dtype == self.dtype:
-            example = self.data.heldout.take(torch.zeros(1, dtype=torch.long))
-            (batch,) = example.batches(1, self.accelerator.device)
-            measure = f"ms for {batch['input_ids'].numel()} tokens"
-            self.latency.setdefault(measure, {})[name] = forward_ms(model, inputs_of(batch))
-            if self.stopwatch is not None:
-                timed = self.stopwatch.timed
-                self.latency.setdefault(f"ms for {timed}", {})[name] = timed.milliseconds(model)
+                self.measured.time(name, written)
 
     def summarise(self) -> None:
         """Prints the table of dense against pruned and where the result lies."""

@@ -132,7 +132,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
             "seq_len": job.seq_len,
         },
         # Of one sequence at a time; the ranks, a quantised base and other dtypes leave it out.
-        "latency": {n: t for n, t in job.latency.items() if {"dense", "pruned"} <= t.keys()},
+        "latency": job.measured.compared_latency(),
         "bytes": {"before": source.checkpoint.num_bytes, "after": written.num_bytes},
         "budget": budgets[0],
         "also": budgets[1:],
@@ -147,13 +147,13 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         "auto_class": source.auto_class.__name__,
         # Of each stage the headline score; a language model's is its perplexity.
         "perplexity" if job.data.kind == "clm" else "score": {
-            **job.perplexity,
+            **job.measured.headline,
             "protocol": job.data.protocol,
             "windows_sha256": windows_sha256(job.data.heldout.tensors["input_ids"]),
         },
         "recovery": {"method": args.recover, "steps": job.recovery_steps},
         "headline": job.data.headline,
-        "scores": job.scores,
+        "scores": job.measured.scores,
         "settings": {**asdict(args), "steps": job.settings.num_steps},
         "command": command_line(),
         "phases": job.reporter.record(),
