@@ -1,4 +1,4 @@
-"""Compare methods of structured pruning at the same budget, in one table and one plot per metric.
+r"""Compare methods of structured pruning at the same budget: one table, one plot per metric.
 
     python eval/compare.py --model M --data D --sparsity 0.2 0.35 0.5 0.7 --methods all \
         --output report/ [--seeds 0 1 2] [--layout both] [--recover none least-squares lora]

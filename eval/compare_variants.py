@@ -1,4 +1,4 @@
-"""Variants of the method beside selections without training, on one task at the same budgets.
+r"""Variants of the method beside selections without training, on one task at the same budgets.
 
     python eval/compare_variants.py --model DIR --data FILE --sparsity 0.6 0.9 --output DIR \
         [--methods vtrans fast faster random magnitude] [--task T --finetune-first true ...]
