@@ -27,9 +27,9 @@ import torch
 
 from eval.speed.files import READ, measure
 from eval.speed.shapes import SIZES, VOCAB_SIZE, llama, write_checkpoint
-from llm_vtrans.loading import open_source
-from llm_vtrans.reporting import table
-from llm_vtrans.resources import CPU_PROCESS_BYTES, GIB, Workload, estimate_memory
+from llm_vtrans.loading.model import open_source
+from llm_vtrans.preparation.resources import CPU_PROCESS_BYTES, GIB, Workload, estimate_memory
+from llm_vtrans.record.reporting import table
 
 SHARD_SIZE = 5_000_000_000
 NUM_STEPS = 2

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from llm_vtrans.arguments import LOAD_FORMS
-from llm_vtrans.loading import load_model, load_tokenizer, open_source
-from llm_vtrans.reporting import table
-from llm_vtrans.scoring import text_windows, token_perplexity
+from llm_vtrans.loading.model import load_model, load_tokenizer, open_source
+from llm_vtrans.record.reporting import table
+from llm_vtrans.scoring.perplexity import text_windows, token_perplexity
 
 
 def held_bytes(model: nn.Module) -> int:

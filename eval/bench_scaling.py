@@ -28,11 +28,11 @@ import torch
 from accelerate import Accelerator
 
 from eval.speed.training import Bench
-from llm_vtrans.command import is_rank_zero
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.reporting import table
+from llm_vtrans.commands.command import is_rank_zero
+from llm_vtrans.record.reporting import table
 from llm_vtrans.tasks.encoding import Examples
-from llm_vtrans.training import Progress, TrainingSettings, train
+from llm_vtrans.training.loop import Progress, TrainingSettings, train
+from llm_vtrans.training.preemption import Preemption
 
 WARM_UP = 2  # steps
 

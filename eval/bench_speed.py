@@ -38,14 +38,14 @@ from eval.speed.shapes import (
 )
 from eval.speed.training import step_times
 from llm_vtrans.arguments import DTYPES
-from llm_vtrans.command import Parser, run_command
+from llm_vtrans.commands.command import Parser, run_command
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading import open_source
-from llm_vtrans.manifest import dtype_name
-from llm_vtrans.output_folder import atomic_write_text
-from llm_vtrans.planning import compute_dtype
-from llm_vtrans.reporting import table
-from llm_vtrans.shaped import random_network, shaped_config
+from llm_vtrans.loading.model import open_source
+from llm_vtrans.loading.shaped import random_network, shaped_config
+from llm_vtrans.preparation.planning import compute_dtype
+from llm_vtrans.record.manifest import dtype_name
+from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.record.reporting import table
 
 GROWTH_SIZES = ((128, 352, 4, 4), (256, 704, 6, 4), (384, 1056, 8, 6), (512, 1408, 10, 8))
 GROWTH_VOCAB = 4096

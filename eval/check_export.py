@@ -22,11 +22,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from safetensors.torch import save_file
 
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.manifest import read_masks, saved_plan
-from llm_vtrans.rotation import rotate_model, rotated_architecture
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.basis.rotation import rotate_model, rotated_architecture
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.record.manifest import read_masks, saved_plan
 
 LOADER = """
 import json, sys

@@ -46,13 +46,13 @@ from eval.comparison.cell import (
     windows_file,
 )
 from eval.comparison.overlap import check_apart
-from llm_vtrans.calibration import TextSource, calibrate
-from llm_vtrans.command import Parser, positive, run_command
+from llm_vtrans.calibration.text import TextSource, calibrate
+from llm_vtrans.commands.command import Parser, positive, run_command
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading import EMBEDDED, Source, load_tokenizer, open_source
-from llm_vtrans.output_folder import atomic_write_bytes
-from llm_vtrans.recovery import recovery_for
-from llm_vtrans.scoring import text_documents, text_windows
+from llm_vtrans.loading.model import EMBEDDED, Source, load_tokenizer, open_source
+from llm_vtrans.record.output_folder import atomic_write_bytes
+from llm_vtrans.recovery.methods import recovery_for
+from llm_vtrans.scoring.perplexity import text_documents, text_windows
 
 NAMED = "all, baselines, ablations"  # groups of methods
 PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
@@ -84,7 +84,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0], help="of calibration, draws and training")
     add("--layout", choices=("stock", "per-layer", "both"), default="stock", help="shape of layers")
     add(
-        "--recover", nargs="+", default=[NO_RECOVERY], help="none, and names of llm_vtrans.recovery"
+        "--recover",
+        nargs="+",
+        default=[NO_RECOVERY],
+        help="none, or as prune's --recover",
     )
     add("--samples", type=positive, default=2400, help="calibration windows (default: 2400)")
     add("--context-length", type=positive, default=256, help="tokens in a window, of both kinds")

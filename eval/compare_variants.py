@@ -31,24 +31,24 @@ from eval.baselines.network import Importances, Network
 from eval.baselines.random_units import importance as random_units
 from eval.baselines.ranking import uniform_ranks
 from eval.baselines.selection import hidden_sizes
-from llm_vtrans.allocation import allocate_scores
+from llm_vtrans.allocation.allocate import allocate_scores
 from llm_vtrans.arguments import VARIANTS, PruneArguments
-from llm_vtrans.command import Parser, run_command
-from llm_vtrans.command_line import parse
+from llm_vtrans.budget.problem import TOLERANCE
+from llm_vtrans.commands.command import Parser, run_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
 from llm_vtrans.job import Job
-from llm_vtrans.latency import forward_ms
-from llm_vtrans.loading import Source, open_source
-from llm_vtrans.output_folder import MANIFEST_FILE, atomic_write_text
-from llm_vtrans.planning import task_data, window_length
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.problem import TOLERANCE
+from llm_vtrans.loading.model import Source, open_source
+from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.preparation.planning import task_data, window_length
 from llm_vtrans.prune import prune
-from llm_vtrans.reporting import table
+from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write_text
+from llm_vtrans.record.reporting import table
 from llm_vtrans.tasks import Task
 from llm_vtrans.tasks.encoding import inputs_of
 from llm_vtrans.tasks.finetuning import finetune_first
+from llm_vtrans.timing.latency import forward_ms
+from llm_vtrans.training.preemption import Preemption
 
 SELECTIONS: dict[str, Callable[[Network, int], Importances]] = {
     "random": random_units,

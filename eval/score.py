@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout need not be installed
 
-from llm_vtrans.command import run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.score import run
 
 if __name__ == "__main__":

@@ -23,6 +23,6 @@ if (
 # that says the same.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
-from llm_vtrans import per_layer_modeling as per_layer_modeling  # noqa: E402
+from llm_vtrans.export import per_layer_modeling as per_layer_modeling  # noqa: E402
 
 __version__ = "0.1.0"

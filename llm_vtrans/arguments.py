@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.latency import Pass
+from llm_vtrans.timing.latency import Pass
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params", "budgets")  # they exclude each other

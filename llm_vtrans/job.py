@@ -14,29 +14,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_vtrans.allocation import PrunePlan, allocate
-from llm_vtrans.attachment import Gates, MaskedModel, logits_of
-from llm_vtrans.choosing import Chooser, hard_gates
-from llm_vtrans.dense_teacher import DenseTeacher
-from llm_vtrans.distillation import Distillation, SelfDistillation
+from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.choosing import Chooser, hard_gates
+from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
+from llm_vtrans.basis.oblique import ObliqueBasis, oblique_basis
+from llm_vtrans.basis.rotation import principal_basis, rotate_model
+from llm_vtrans.calibration.own_words import own_windows, with_windows
+from llm_vtrans.distributed.ranks import agreed
+from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
 from llm_vtrans.errors import UserError, blame
+from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
-from llm_vtrans.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.latency_cost import AIM, choose_in_time, corrected
-from llm_vtrans.loading import Weights, fill_model, load_model
-from llm_vtrans.manifest import dtype_name, figures, plan_tensors, saved_plan
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.measuring import Measurements
-from llm_vtrans.oblique import ObliqueBasis, oblique_basis
-from llm_vtrans.own_words import own_windows, with_windows
-from llm_vtrans.preparation import Prepared
-from llm_vtrans.quantised import FULL
-from llm_vtrans.ranks import agreed
-from llm_vtrans.recording import result_line
-from llm_vtrans.regression import fit_readers
-from llm_vtrans.reuse import reused_masks
-from llm_vtrans.rotation import principal_basis, rotate_model
-from llm_vtrans.run_state import (
+from llm_vtrans.loading.model import Weights, fill_model, load_model
+from llm_vtrans.loading.quantised import FULL
+from llm_vtrans.masking.attachment import Gates, MaskedModel, logits_of
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.preparation.prepared import Prepared
+from llm_vtrans.preparation.reuse import reused_masks
+from llm_vtrans.record.manifest import dtype_name, figures, plan_tensors, saved_plan
+from llm_vtrans.record.recording import result_line
+from llm_vtrans.scoring.measuring import Measurements
+from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
+from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
+from llm_vtrans.training.dense_teacher import DenseTeacher
+from llm_vtrans.training.distillation import Distillation, SelfDistillation
+from llm_vtrans.training.loop import Objective, Progress, train
+from llm_vtrans.training.regression import fit_readers
+from llm_vtrans.training.run_state import (
     STATE_FILE,
     STATE_FOLDER,
     extra_tensors,
@@ -44,15 +49,10 @@ from llm_vtrans.run_state import (
     restore,
     save_state,
 )
-from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
-from llm_vtrans.shrinking import Shrinker
-from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
-from llm_vtrans.trained_weights import train_weights
-from llm_vtrans.training import Objective, Progress, train
-from llm_vtrans.tune import Rehearsal, TuneObjective
-from llm_vtrans.tuning import Tuning
-from llm_vtrans.writing import write_result
-from llm_vtrans.zero3 import attach, configure, is_partitioned
+from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
+from llm_vtrans.training.shrinking import Shrinker
+from llm_vtrans.training.trained_weights import train_weights
+from llm_vtrans.training.tune import Rehearsal, TuneObjective
 
 SCORE, UNTUNED = "score.", "untuned"  # a prefix of tensors on disk, and one of them
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size

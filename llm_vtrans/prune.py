@@ -14,16 +14,16 @@ if not __package__:  # as a script this folder comes first; the package must be 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.command import is_rank_zero, run_command
-from llm_vtrans.command_line import parse
-from llm_vtrans.family_of_sizes import runs_of
+from llm_vtrans.commands.command import is_rank_zero, run_command
 from llm_vtrans.job import Job
-from llm_vtrans.output_folder import exclusive
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.recording import finished_manifest, result_line
-from llm_vtrans.reporting import Reporter
-from llm_vtrans.run_state import remove_state
+from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.preparation.family_of_sizes import runs_of
+from llm_vtrans.record.output_folder import exclusive
+from llm_vtrans.record.recording import finished_manifest, result_line
+from llm_vtrans.record.reporting import Reporter
 from llm_vtrans.tasks.finetuning import finetune_first
+from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.run_state import remove_state
 
 
 def prune(arguments: list[str], kind: type[Job] = Job) -> None:

@@ -22,17 +22,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_vtrans.command import Parser, is_rank_zero, positive
+from llm_vtrans.commands.command import Parser, is_rank_zero, positive
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
-from llm_vtrans.output_folder import atomic_write_text
-from llm_vtrans.scoring import Estimate, text_documents, text_windows
+from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.scoring.perplexity import Estimate, text_documents, text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from llm_vtrans.harness import HarnessTasks, Score
+    from llm_vtrans.scoring.harness import HarnessTasks, Score
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
@@ -156,7 +156,7 @@ def score_model(
     """Score one checkpoint on every task; the rows are empty on ranks other than 0."""
     import torch
 
-    from llm_vtrans.harness import load_model, run_perplexity, run_tasks
+    from llm_vtrans.scoring.harness import load_model, run_perplexity, run_tasks
 
     lm = load_model(checkpoint, args.batch_size, args.dtype, max_length, args.trust_remote_code)
     scores = [
@@ -256,7 +256,7 @@ def run(arguments: list[str]) -> None:
     max_length = common_max_length(args, models)
     windows = cut_texts(args, models, texts)
 
-    from llm_vtrans.harness import load_tasks  # now, for it takes seconds to import
+    from llm_vtrans.scoring.harness import load_tasks  # now, for it takes seconds to import
 
     names = [name for name in args.tasks if name not in texts]
     tasks = load_tasks(names, TASKS_DIR, args.data_dir, args.limit) if names else None

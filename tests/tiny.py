@@ -19,8 +19,8 @@ from transformers import (
     RobertaConfig,
 )
 
+from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families.base import head_of
-from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 
 VOCAB_SIZE = 96
 WIDTHS = {

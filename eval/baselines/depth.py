@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.baselines.network import Importances, Network
-from llm_vtrans.hooks import removed_after
+from llm_vtrans.masking.hooks import removed_after
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from eval.baselines.network import (
     zeros,
 )
 from eval.baselines.ranking import joint_ranks
-from llm_vtrans.export import Pruning
+from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import UNIT_AXES, Stream
 

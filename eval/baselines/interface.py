@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.basis.rotation import Basis
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import Problem
+from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading import Source
-from llm_vtrans.problem import Problem
-from llm_vtrans.rotation import Basis
+from llm_vtrans.loading.model import Source
 
 SHARD_SIZE = 5 * 10**9
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_vtrans.basis.rotation import principal_basis, rotate_model, rotated_architecture
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import UNIT_AXES, Stream, TensorSpec
-from llm_vtrans.hooks import removed_after
-from llm_vtrans.loading import Source, load_model
-from llm_vtrans.rotation import principal_basis, rotate_model, rotated_architecture
+from llm_vtrans.loading.model import Source, load_model
+from llm_vtrans.masking.hooks import removed_after
 
 Importances = Mapping[str, Tensor]  # `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 1)`
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from eval.baselines.interface import Case, Pruned, round_weights
 from eval.baselines.network import Importances, Network, check_rotates
 from eval.baselines.ranking import uniform_ranks
-from llm_vtrans.allocation import PrunePlan, allocate_scores
-from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.allocation.allocate import PrunePlan, allocate_scores
+from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning
+from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.families import Architecture, Axis, Shape
-from llm_vtrans.problem import Problem, check_reachable
-from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.scoring.perplexity import token_perplexity
 
 NUM_HIDDEN_SIZES = 7  # candidates between "hidden dimensions alone" and "none of them"
 UNITS = (Axis.HEADS.value, Axis.FFN.value)

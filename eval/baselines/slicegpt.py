@@ -23,15 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eval.baselines.interface import Case, Pruned
 from eval.baselines.network import Network, check_rotates, hooked
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.budget import complete, dense_shape
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.basis.rotation import Basis, rotated_architecture
+from llm_vtrans.budget.cost import complete, dense_shape
+from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning, export_config
+from llm_vtrans.export.pruning import Pruning, export_config
 from llm_vtrans.families import Architecture, Axis, Shape
 from llm_vtrans.families.base import Stream, Sublayer, TensorSpec
-from llm_vtrans.loading import load_model
-from llm_vtrans.problem import Problem
-from llm_vtrans.rotation import Basis, rotated_architecture
+from llm_vtrans.loading.model import load_model
 
 NOTE = "scored in memory: its residual matrices have no place in a stock config; they are counted"
 

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_vtrans.allocation import PrunePlan, allocate
-from llm_vtrans.attachment import Gates
-from llm_vtrans.choosing import Chooser
-from llm_vtrans.distillation import Distillation, with_sum
+from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.choosing import Chooser
+from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.budget.problem import Problem
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
-from llm_vtrans.oblique import ObliqueBasis
-from llm_vtrans.problem import Problem
+from llm_vtrans.masking.attachment import Gates
 from llm_vtrans.tasks.encoding import Batch, inputs_of
+from llm_vtrans.training.distillation import Distillation, with_sum
 
 
 class Labels(Distillation):

@@ -30,14 +30,14 @@ from transformers.utils import logging as transformers_logging
 from eval.baselines import BASELINES, Case, Method, Pruned
 from eval.baselines.interface import round_weights
 from eval.comparison.ours import Ours
-from llm_vtrans.budget import dense_shape, mac_cost, parameter_cost
+from llm_vtrans.budget.cost import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading import Source, load_model, load_tokenizer, open_source
-from llm_vtrans.output_folder import atomic_write_text
-from llm_vtrans.recovery import recovery_for
-from llm_vtrans.recovery_training import RecoveryRun
-from llm_vtrans.reporting import peak_rss, versions
-from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.loading.model import Source, load_model, load_tokenizer, open_source
+from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.record.reporting import peak_rss, versions
+from llm_vtrans.recovery.methods import recovery_for
+from llm_vtrans.recovery.training import RecoveryRun
+from llm_vtrans.scoring.perplexity import token_perplexity
 from llm_vtrans.tasks.encoding import Examples
 
 DENSE, OURS, NO_RECOVERY = "dense", "ours", "none"
@@ -89,7 +89,7 @@ class Cell:
         method: `dense`, `ours` or a name of `BASELINES`.
         sparsity: share of all parameters removed.
         layout: `stock` or `per-layer`.
-        recovery: `none` or a name that `llm_vtrans.recovery` knows.
+        recovery: `none` or a name that `llm_vtrans.recovery.methods` knows.
         seed: of calibration windows, random draws and training.
         checkpoint: hash of the dense weights.
         inputs: hash of the calibration and evaluation tokens.
@@ -240,7 +240,7 @@ def _tasks(model: PreTrainedModel, source: Source, settings: Settings) -> dict[s
     """Zero-shot scores `task/metric` -> value."""
     if not settings.tasks:
         return {}
-    from llm_vtrans.harness import DistributedLM, load_tasks, run_tasks
+    from llm_vtrans.scoring.harness import DistributedLM, load_tasks, run_tasks
 
     root = Path(__file__).resolve().parents[2]
     tasks = load_tasks(

@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from eval.baselines.interface import Case, Pruned, load_pruned
 from eval.comparison.ablations import ABLATIONS, Ablation
-from llm_vtrans.export import Pruning
-from llm_vtrans.manifest import MASKS_FILE, saved_plan
-from llm_vtrans.output_folder import MANIFEST_FILE
+from llm_vtrans.basis.rotation import rotated_architecture
+from llm_vtrans.export.pruning import Pruning
+from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.prune import prune
-from llm_vtrans.reporting import versions
-from llm_vtrans.rotation import rotated_architecture
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.record.manifest import MASKS_FILE, saved_plan
+from llm_vtrans.record.output_folder import MANIFEST_FILE
+from llm_vtrans.record.reporting import versions
 
 TRAINED_AT = 0.5
 MEASURING = "score"  # the phase of a run that belongs to no method

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from eval.comparison.cell import DENSE, NO_RECOVERY
-from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.record.output_folder import atomic_write_text
 
 Record = Mapping[str, Any]
 

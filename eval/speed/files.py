@@ -20,13 +20,13 @@ import torch
 
 from eval.baselines.network import zeros
 from eval.speed.shapes import SHARD_SIZE, problem_of, proportional_shape
-from llm_vtrans.allocation import allocate_scores
-from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.allocation.allocate import allocate_scores
+from llm_vtrans.basis.rotation import Basis
+from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import UNIT_AXES
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.reporting import peak_rss
-from llm_vtrans.rotation import Basis
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.record.reporting import peak_rss
 
 READ = "read every tensor"
 ROOT = Path(__file__).resolve().parents[2]

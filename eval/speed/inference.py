@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from llm_vtrans.latency import Pass
-from llm_vtrans.reporting import peak_rss
+from llm_vtrans.record.reporting import peak_rss
+from llm_vtrans.timing.latency import Pass
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZES = (1, 16)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import Problem, uniform_shape
 from llm_vtrans.embedded import EMBEDDED_MODEL
+from llm_vtrans.export.shard_writer import ShardWriter
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
-from llm_vtrans.problem import Problem, uniform_shape
-from llm_vtrans.shard_writer import ShardWriter
 
 RANDOM = "random:"  # in front of a size, in place of a folder
 VOCAB_SIZE = 32000

@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.choosing import hard_gates
-from llm_vtrans.distillation import SelfDistillation
-from llm_vtrans.distillation_loss import distillation_loss
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.choosing import hard_gates
+from llm_vtrans.budget.cost import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.families.base import UNIT_AXES
-from llm_vtrans.latency import median_ms
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
-from llm_vtrans.training import Objective, TrainingSettings
-from llm_vtrans.tune import TuneObjective
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.timing.latency import median_ms
+from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.distillation_loss import distillation_loss
+from llm_vtrans.training.loop import Objective, TrainingSettings
+from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
+from llm_vtrans.training.tune import TuneObjective
 
 T = TypeVar("T")
 STRUCTURES = ("hidden", "heads", "ffn", "layers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llm_vtrans.command import Parser
+from llm_vtrans.commands.command import Parser
 from llm_vtrans.errors import UserError
 
 FORMATS = ("gguf",)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.convert.layouts import Layout, arranged, empty_ffn, gguf_name, layout_of
 from llm_vtrans.errors import UserError
+from llm_vtrans.loading.checkpoint import Checkpoint
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

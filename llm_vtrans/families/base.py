@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 
 
 class Axis(StrEnum):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_vtrans.errors import UserError
+from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families.base import Shape, Sublayer
-from llm_vtrans.per_layer_modeling import AUTO_CLASSES
 
-# The released per-layer loader (llm_vtrans/per_layer_modeling.py) travels under this name.
+# The released per-layer loader (llm_vtrans/export/per_layer_modeling.py) travels under this name.
 PER_LAYER_MODULE = "per_layer_modeling"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.hooks import removed_after
+from llm_vtrans.masking.hooks import removed_after
 from llm_vtrans.probe.texts import Windows
 
 CATEGORIES = ("special", "current", "previous", "next", "keywords")

@@ -13,20 +13,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from llm_vtrans.calibration import EMBEDDED, TextSource
-from llm_vtrans.calibration import documents as read_documents
-from llm_vtrans.command import Parser, positive
+from llm_vtrans.calibration.text import EMBEDDED, TextSource
+from llm_vtrans.calibration.text import documents as read_documents
+from llm_vtrans.commands.command import Parser, positive
 from llm_vtrans.embedded.corpus import heldout_documents
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading import Source, load_tokenizer, open_source
-from llm_vtrans.manifest import read_masks
-from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.loading.model import Source, load_tokenizer, open_source
 from llm_vtrans.probe.attention import CATEGORIES, examples, measure
 from llm_vtrans.probe.pictures import probe_page
 from llm_vtrans.probe.significance import compare
 from llm_vtrans.probe.texts import Windows, cut, num_windows_text
-from llm_vtrans.reporting import table, versions
-from llm_vtrans.verification import auto_class
+from llm_vtrans.record.manifest import read_masks
+from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.record.reporting import table, versions
+from llm_vtrans.record.verification import auto_class
 
 EXAMPLE_TOKENS = 24
 MAX_CHARACTERS = 5_000_000  # of text that is read: far more than is probed

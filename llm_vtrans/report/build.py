@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.report import sections
 from llm_vtrans.report.page import page
 from llm_vtrans.report.record import REPORT_FILE, RunRecord

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_vtrans.command import Parser
+from llm_vtrans.commands.command import Parser
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.output_folder import atomic_write_text
+from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.report.build import comparison_page, run_page
 from llm_vtrans.report.record import REPORT_FILE, UNCHANGED, RunRecord
 

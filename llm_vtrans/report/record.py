@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.manifest import MASKS_FILE
-from llm_vtrans.output_folder import MANIFEST_FILE
-from llm_vtrans.reporting import METRICS_FILE
+from llm_vtrans.record.manifest import MASKS_FILE
+from llm_vtrans.record.output_folder import MANIFEST_FILE
+from llm_vtrans.record.reporting import METRICS_FILE
 
 REPORT_FILE = "report/index.html"
 UNCHANGED = "name a folder that prune wrote, with the files as they were written"

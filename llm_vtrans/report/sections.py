@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import Any
 
-from llm_vtrans.manifest import score_of_stages
+from llm_vtrans.record.manifest import score_of_stages
 from llm_vtrans.report.charts import bar_chart, xy_chart
 from llm_vtrans.report.drawing import Series, data_table, number
 from llm_vtrans.report.page import charts, text_table

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.arguments import PruneArguments, share_of
-from llm_vtrans.attachment import logits_of
-from llm_vtrans.calibration import TextSource, calibrate
+from llm_vtrans.calibration.text import TextSource, calibrate
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.scoring import token_perplexity
+from llm_vtrans.masking.attachment import logits_of
+from llm_vtrans.scoring.perplexity import token_perplexity
 from llm_vtrans.tasks import encoding, metrics
 from llm_vtrans.tasks.encoding import Examples, inputs_of
 from llm_vtrans.tasks.reading import GLUE, Labelled, read_split

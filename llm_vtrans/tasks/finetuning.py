@@ -20,14 +20,14 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.distributed.ranks import join
+from llm_vtrans.distributed.zero3 import is_partitioned
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.output_folder import atomic_write_text
-from llm_vtrans.per_layer_modeling import AUTO_CLASSES
-from llm_vtrans.ranks import join
-from llm_vtrans.reporting import Reporter
+from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.record.reporting import Reporter
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
-from llm_vtrans.zero3 import is_partitioned
 
 RECORD_FILE = "finetuning.json"
 WARMUP = 0.1  # share of the steps

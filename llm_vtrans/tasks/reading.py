@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_vtrans.calibration.json_lines import SUFFIX, read_json_lines
 from llm_vtrans.errors import UserError
-from llm_vtrans.json_lines import SUFFIX, read_json_lines
 
 Row = dict[str, Any]
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from tests.runs import ENTRY, ROOT
 
 

@@ -7,7 +7,7 @@ from shutil import copytree
 
 import pytest
 
-from llm_vtrans.command import run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.prune import prune
 from tests.faults.guard import watch
 from tests.runs import flags, write_inputs

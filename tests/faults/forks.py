@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 # What a command imports late is there before the fork.
-import llm_vtrans.harness  # noqa: F401
+import llm_vtrans.scoring.harness  # noqa: F401
 import tests.tiny  # noqa: F401
-from llm_vtrans.command import run_command
-from llm_vtrans.exporting import export
+from llm_vtrans.commands.command import run_command
+from llm_vtrans.commands.export import export
 from llm_vtrans.prune import prune
-from llm_vtrans.reporting import Reporter
+from llm_vtrans.record.reporting import Reporter
 from llm_vtrans.score import run as score
 
 COMMANDS = {"prune": prune, "export": export, "score": score}

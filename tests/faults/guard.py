@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llm_vtrans.command import printable
+from llm_vtrans.commands.command import printable
 from llm_vtrans.errors import UserError
-from llm_vtrans.reporting import peak_rss
+from llm_vtrans.record.reporting import peak_rss
 
 MEMORY = 2**30  # that a case may reserve beyond what the process has
 RESIDENT = 300 * 2**20  # that the cases of one test may take

@@ -138,7 +138,7 @@ def test_code_of_a_checkpoint_never_runs(
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     with confined(work):
-        from llm_vtrans.command import run_command
+        from llm_vtrans.commands.command import run_command
 
         status = run_command(prune, flags(work, "--samples", "4", "--quiet"))
     assert not ran.exists()

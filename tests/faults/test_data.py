@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans.calibration import LONGEST_DOCUMENT, TextSource, documents
+from llm_vtrans.calibration.text import LONGEST_DOCUMENT, TextSource, documents
 from llm_vtrans.prune import prune
 from tests.faults.cases import one_line, process, told
 from tests.faults.conftest import Tally

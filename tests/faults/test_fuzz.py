@@ -13,19 +13,19 @@ import torch
 import yaml
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.checkpoint import INDEX_FILE, SINGLE_FILE
-from llm_vtrans.command_line import parse
-from llm_vtrans.exporting import flags_of
+from llm_vtrans.commands.export import flags_of
+from llm_vtrans.commands.publish import publish
 from llm_vtrans.job import Job
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.manifest import MASKS_FILE
-from llm_vtrans.output_folder import MANIFEST_FILE
-from llm_vtrans.planning import make_problem, window_length
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.publishing import publish
+from llm_vtrans.loading.checkpoint import INDEX_FILE, SINGLE_FILE
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.preparation.planning import make_problem, window_length
+from llm_vtrans.record.manifest import MASKS_FILE
+from llm_vtrans.record.output_folder import MANIFEST_FILE
+from llm_vtrans.record.verification import Subject, verify
 from llm_vtrans.report.command import report
 from llm_vtrans.report.record import RunRecord
-from llm_vtrans.verification import Subject, verify
+from llm_vtrans.training.preemption import Preemption
 from tests.faults.conftest import Tally
 from tests.faults.guard import confined, outcome
 from tests.faults.mutations import counts, damaged_bytes, damaged_json, fuzz

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.command import run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.prune import prune
 from llm_vtrans.tasks import make_task
 from llm_vtrans.tasks.finetuning import RECORD_FILE

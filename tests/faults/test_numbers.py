@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.command import run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.prune import prune
 from tests.faults.cases import told
 from tests.faults.conftest import Tally

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans.checkpoint import Checkpoint
 from llm_vtrans.errors import UserError
-from llm_vtrans.output_folder import exclusive
+from llm_vtrans.loading.checkpoint import Checkpoint
 from llm_vtrans.prune import prune
+from llm_vtrans.record.output_folder import exclusive
 from tests.faults.cases import one_line, process, snapshot, told
 from tests.faults.conftest import Tally
 from tests.faults.guard import outcome
@@ -35,7 +35,8 @@ def test_second_run_is_refused(
 def test_lock_ends_with_its_holder(work: Path) -> None:
     """A killed run leaves its lock's file, which holds nobody up."""
     code = (
-        "import sys; from pathlib import Path; from llm_vtrans.output_folder import exclusive\n"
+        "import sys; from pathlib import Path\n"
+        "from llm_vtrans.record.output_folder import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

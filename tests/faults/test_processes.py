@@ -13,11 +13,11 @@ from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import pytest
 
-from llm_vtrans import ranks
-from llm_vtrans.command import INTERRUPTED, PREEMPTED, USER_ERROR
+from llm_vtrans.commands.command import INTERRUPTED, PREEMPTED, USER_ERROR
+from llm_vtrans.distributed import ranks
 from llm_vtrans.errors import Preempted, blame
-from llm_vtrans.preemption import Preemption
-from llm_vtrans.verification import Subject, verify
+from llm_vtrans.record.verification import Subject, verify
+from llm_vtrans.training.preemption import Preemption
 from tests.faults.conftest import Tally
 from tests.faults.forks import Fork, Moment, fork, fork_ranks
 from tests.integration.test_resume import hashes

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans.command import printable, run_command
-from llm_vtrans.model_card import model_card
+from llm_vtrans.commands.command import printable, run_command
 from llm_vtrans.prune import prune
-from llm_vtrans.redaction import redact
-from llm_vtrans.run_state import STATE_FOLDER, open_state
+from llm_vtrans.record.model_card import model_card
+from llm_vtrans.record.redaction import redact
+from llm_vtrans.training.run_state import STATE_FOLDER, open_state
 from tests.faults.cases import one_line, process, told
 from tests.faults.conftest import Tally
 from tests.runs import flags

@@ -9,7 +9,7 @@ from signal import SIGKILL, SIGTERM, Signals
 
 import pytest
 
-from llm_vtrans.command import PREEMPTED
+from llm_vtrans.commands.command import PREEMPTED
 from tests.faults.conftest import Tally
 from tests.faults.forks import Moment, fork, fork_ranks
 from tests.integration.test_resume import hashes

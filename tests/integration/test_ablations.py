@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from eval.comparison.ablations import ABLATIONS, Ablation, Labels
-from llm_vtrans.attachment import MaskedModel
 from llm_vtrans.families import family_for
+from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.prune import prune
 from tests.runs import copy_inputs, flags, write_inputs
 from tests.tiny import tiny_model

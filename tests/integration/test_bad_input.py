@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
 from tests.faults.cases import one_line
 from tests.runs import flags, start, write_inputs

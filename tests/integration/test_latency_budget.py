@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans import measurements
-from llm_vtrans.command import USER_ERROR, run_command
-from llm_vtrans.manifest import score_of_stages
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
-from llm_vtrans.verification import Subject, verify
+from llm_vtrans.record.manifest import score_of_stages
+from llm_vtrans.record.verification import Subject, verify
+from llm_vtrans.timing import remembered
 from tests.runs import flags, write_inputs
 
 
@@ -26,7 +26,7 @@ def test_a_run_under_a_budget_of_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is asserted of how long anything takes: that is the machine's."""
-    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(remembered, "CACHE", tmp_path / "cache")
     given = [*flags(write_inputs(tmp_path)), "--latency-shape", timed, *also]
     assert run_command(prune, [*given, "--latency-ms", "1e9"]) == USER_ERROR
     # The table is kept, so that the next run finds the dense model as fast.

@@ -9,10 +9,10 @@ from subprocess import Popen
 
 import pytest
 
-from llm_vtrans.command import PREEMPTED, USER_ERROR, run_command
+from llm_vtrans.commands.command import PREEMPTED, USER_ERROR, run_command
 from llm_vtrans.prune import prune
-from llm_vtrans.reporting import METRICS_FILE
-from llm_vtrans.run_state import STATE_FOLDER
+from llm_vtrans.record.reporting import METRICS_FILE
+from llm_vtrans.training.run_state import STATE_FOLDER
 from tests.integration import test_resume
 from tests.integration.test_resume import hashes, long_run, metrics, saved_step
 from tests.integration.test_two_ranks import TWO_RANKS

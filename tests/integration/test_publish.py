@@ -11,13 +11,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.command_line import parse
+from llm_vtrans.commands.export import export
+from llm_vtrans.commands.publish import publish
+from llm_vtrans.commands.verify import verify as verify_command
 from llm_vtrans.errors import UserError
-from llm_vtrans.exporting import export
-from llm_vtrans.model_card import base_license, front_matter
-from llm_vtrans.publishing import publish
-from llm_vtrans.verification import CHECKS, Subject, verify
-from llm_vtrans.verify import verify as verify_command
+from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.record.model_card import base_license, front_matter
+from llm_vtrans.record.verification import CHECKS, Subject, verify
 from tests.runs import finish, flags, write_inputs
 
 

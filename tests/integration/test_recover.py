@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
+from llm_vtrans.commands.verify import verify
 from llm_vtrans.prune import prune
-from llm_vtrans.verify import verify
 from tests.integration.test_two_ranks import TWO_RANKS
 from tests.runs import copy_inputs, finish, flags, start, write_inputs
 from tests.unit.test_recovery import needs_peft

@@ -10,8 +10,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.command import USER_ERROR, run_command
-from llm_vtrans.command_line import parse
+from llm_vtrans.commands.command import USER_ERROR, run_command
+from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.prune import prune
 from tests.runs import copy_inputs, finish, flags, start, write_inputs
 

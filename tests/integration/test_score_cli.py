@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_vtrans import score as score_command
-from llm_vtrans.command import run_command
-from llm_vtrans.scoring import text_windows, token_perplexity
+from llm_vtrans.commands.command import run_command
+from llm_vtrans.scoring.perplexity import text_windows, token_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORE = ROOT / "eval" / "score.py"

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.model_card import front_matter
-from llm_vtrans.per_layer_modeling import AUTO_CLASSES
+from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.prune import prune
+from llm_vtrans.record.model_card import front_matter
+from llm_vtrans.record.verification import CHECKS, Subject, verify
 from llm_vtrans.tasks import HEADS
-from llm_vtrans.verification import CHECKS, Subject, verify
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 5)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
 from tests.runs import flags, write_inputs
 

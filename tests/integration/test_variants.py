@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_vtrans.choosing import hard_gates
-from llm_vtrans.command import USER_ERROR, run_command
-from llm_vtrans.command_line import parse
+from llm_vtrans.allocation.choosing import hard_gates
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.job import Job
-from llm_vtrans.manifest import score_of_stages
-from llm_vtrans.preemption import Preemption
+from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.prune import prune
-from llm_vtrans.verification import Subject, verify
+from llm_vtrans.record.manifest import score_of_stages
+from llm_vtrans.record.verification import Subject, verify
+from llm_vtrans.training.preemption import Preemption
 from tests.integration.test_resume import hashes, metrics
 from tests.integration.test_tasks import encoder as encoder
 from tests.integration.test_tasks import write

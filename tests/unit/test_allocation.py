@@ -6,14 +6,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
-from llm_vtrans.allocation import PrunePlan, allocate
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Sublayer, family_for
 from llm_vtrans.families.base import UNIT_AXIS
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.problem import Problem, check_reachable
-from llm_vtrans.search import initial_shapes
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.training.search import initial_shapes
 
 LAYERS, HIDDEN, FFN, HEADS = 6, 96, 404, 8  # 404 is no multiple of 8
 ARCHITECTURE = family_for("llama").describe(

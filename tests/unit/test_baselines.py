@@ -12,11 +12,11 @@ from eval.baselines import BASELINES, Case, depth, flap, llm_pruner, magnitude, 
 from eval.baselines.network import Moments, Network, sum_over_groups
 from eval.baselines.ranking import joint_ranks, ranks, uniform_ranks
 from eval.baselines.selection import Selection, hidden_sizes
-from llm_vtrans.budget import dense_shape, parameter_cost
+from llm_vtrans.basis.rotation import Basis
+from llm_vtrans.budget.cost import dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
-from llm_vtrans.loading import open_source
-from llm_vtrans.rotation import Basis
+from llm_vtrans.loading.model import open_source
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_vtrans import batch_fit
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.batch_fit import split_step
-from llm_vtrans.command_line import parse
-from llm_vtrans.loading import Source, open_source
-from llm_vtrans.resources import CPU_PROCESS_BYTES, MARGIN, Workload, estimate_memory
+from llm_vtrans.loading.model import Source, open_source
+from llm_vtrans.preparation import batch_fit
+from llm_vtrans.preparation.batch_fit import split_step
+from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.preparation.resources import CPU_PROCESS_BYTES, MARGIN, Workload, estimate_memory
 from tests.tiny import save_tiny
 
 SEQ_LEN = 128

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_vtrans.budget import (
+from llm_vtrans.budget.cost import (
     Budget,
     Cost,
     Lagrangian,
@@ -17,8 +17,8 @@ from llm_vtrans.budget import (
     parameter_cost,
 )
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
-from llm_vtrans.masks import SHARPNESS, VIBMasks, keep_probability
-from llm_vtrans.search import INITIAL_LOG_VAR, initial_shapes, sharpness_at, target_at
+from llm_vtrans.masking.masks import SHARPNESS, VIBMasks, keep_probability
+from llm_vtrans.training.search import INITIAL_LOG_VAR, initial_shapes, sharpness_at, target_at
 from tests.tiny import CONFIGS, tiny_model
 
 ALL = ("hidden", "heads", "ffn", "layers")

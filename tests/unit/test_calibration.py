@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_vtrans.calibration import TextSource, calibrate, documents
+from llm_vtrans.calibration.text import TextSource, calibrate, documents
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.tasks.encoding import Examples, with_noise

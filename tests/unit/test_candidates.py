@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.allocation import PrunePlan, allocate
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.candidates import _Shortlist, candidates, shortlist
+from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.candidates import _Shortlist, candidates, shortlist
+from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Axis, Shape
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.oblique import ObliqueBasis
-from llm_vtrans.problem import TOLERANCE, Problem
-from llm_vtrans.search import initial_shapes
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.training.search import initial_shapes
 
 ALL = ("hidden", "heads", "ffn", "layers")
 

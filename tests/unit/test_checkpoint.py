@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm_vtrans.checkpoint import DTYPES, Checkpoint
 from llm_vtrans.errors import UserError
+from llm_vtrans.loading.checkpoint import DTYPES, Checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

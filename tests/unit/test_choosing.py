@@ -2,16 +2,16 @@
 
 import torch
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
-from llm_vtrans.choosing import NUM_REHEARSED, Chooser
-from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.choosing import NUM_REHEARSED, Chooser
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import Problem
 from llm_vtrans.families import family_for
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.problem import Problem
-from llm_vtrans.search import initial_shapes
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.search import initial_shapes
 from tests.tiny import tiny_model
 from tests.unit.test_exactness import inputs_for
 

@@ -9,15 +9,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.budget import complete
-from llm_vtrans.calibration import TextSource, calibrate
-from llm_vtrans.dense_teacher import DenseTeacher, softened_loss
+from llm_vtrans.budget.cost import complete
+from llm_vtrans.calibration.text import TextSource, calibrate
 from llm_vtrans.families import family_for
-from llm_vtrans.search import target_at
+from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.tasks import training_order
 from llm_vtrans.tasks.encoding import Batch
-from llm_vtrans.trained_weights import train_weights
+from llm_vtrans.training.dense_teacher import DenseTeacher, softened_loss
+from llm_vtrans.training.search import target_at
+from llm_vtrans.training.trained_weights import train_weights
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 
 

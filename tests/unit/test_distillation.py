@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn.functional import kl_div
 
-from llm_vtrans.attachment import LINEAR_HEADS, MaskedModel
-from llm_vtrans.distillation import SelfDistillation
-from llm_vtrans.distillation_loss import chunked_distillation, distillation_loss
+from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Axis, Place, head_of
-from llm_vtrans.rotation import rotated_architecture
-from llm_vtrans.tuning import Tuning
+from llm_vtrans.masking.attachment import LINEAR_HEADS, MaskedModel
+from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.distillation_loss import chunked_distillation, distillation_loss
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 from tests.unit.test_exactness import inputs_for
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_vtrans.command import run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.embedded import EMBEDDED_MODEL, corpus, pretrain
 from llm_vtrans.prune import prune as prune_job
 

@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.attachment import MaskedModel, logits_of
-from llm_vtrans.budget import mac_cost, parameter_cost
-from llm_vtrans.export import Pruning, export_config, export_model
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
+from llm_vtrans.basis.rotation import rotate_model, rotated_architecture
+from llm_vtrans.budget.cost import mac_cost, parameter_cost
+from llm_vtrans.export.pruning import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
-from llm_vtrans.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.rotation import rotate_model, rotated_architecture
-from llm_vtrans.tuning import MAP_NUMBERS, Tuning
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.tuning import MAP_NUMBERS, Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
@@ -97,7 +97,7 @@ def inputs_for(config: Any, seed: int, num: int = 2, choices: int = 3) -> dict[s
 def random_tuning(architecture: Architecture, is_rotated: bool, seed: int) -> Tuning:
     """Maps near the identity, shared by layers or each with its own, and factors far from one."""
     draw = torch.Generator().manual_seed(seed)
-    with patch("llm_vtrans.tuning.MAP_NUMBERS", MAP_NUMBERS if seed % 2 else 0):
+    with patch("llm_vtrans.masking.tuning.MAP_NUMBERS", MAP_NUMBERS if seed % 2 else 0):
         tuning = Tuning(architecture, is_rotated)
     for matrix in tuning.maps.values():
         matrix += 0.1 * torch.randn(matrix.shape, generator=draw)

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.attachment import PRESENT_LAYERS, MaskedModel, weighted_layer_norm
-from llm_vtrans.budget import complete
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.basis.head_basis import balanced_basis
+from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Norm, Role, Sublayer, head_of
-from llm_vtrans.head_basis import balanced_basis
-from llm_vtrans.loading import load_model, open_source
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import PRESENT_LAYERS, MaskedModel
+from llm_vtrans.masking.gating import weighted_layer_norm
 from tests.tiny import CONFIGS, save_tiny, tiny_model
 
 LAYER_NORM = [name for name in CONFIGS if name.startswith(("gpt2", "bert", "roberta"))]

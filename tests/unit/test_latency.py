@@ -9,18 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_vtrans import measurements
-from llm_vtrans.allocation import allocate
+from llm_vtrans.allocation.allocate import allocate
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.budget import Budget, complete, dense_shape
+from llm_vtrans.budget.cost import Budget, complete, dense_shape
+from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Shape
-from llm_vtrans.latency import Pass
-from llm_vtrans.latency_cost import AIM, LatencyCost, choose_in_time, latency_cost, table_sizes
-from llm_vtrans.loading import open_source
-from llm_vtrans.planning import make_problem, make_stopwatch
-from llm_vtrans.problem import Problem, check_reachable
-from llm_vtrans.rounding import MULTIPLES, best_multiple
+from llm_vtrans.loading.model import open_source
+from llm_vtrans.preparation.planning import make_problem, make_stopwatch
+from llm_vtrans.timing import remembered
+from llm_vtrans.timing.latency import Pass
+from llm_vtrans.timing.latency_cost import (
+    AIM,
+    LatencyCost,
+    choose_in_time,
+    latency_cost,
+    table_sizes,
+)
+from llm_vtrans.timing.rounding import MULTIPLES, best_multiple
 from tests.tiny import save_tiny
 from tests.unit.test_allocation import (
     ALL,
@@ -155,7 +161,7 @@ def test_bad_passes(text: str) -> None:
 def test_bad_budgets(
     given: dict[str, float], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(remembered, "CACHE", tmp_path / "cache")
     with pytest.raises(UserError, match=message):
         args = PruneArguments(model=str(save_tiny("llama", tmp_path)), seq_len=8, **given)
         source = open_source(args.model)
@@ -171,7 +177,7 @@ def test_networks_of_every_family_are_timed(
     name: str, timed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table is kept: a second look finds the same without measuring."""
-    monkeypatch.setattr(measurements, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(remembered, "CACHE", tmp_path / "cache")
     args = PruneArguments(
         model=str(save_tiny(name, tmp_path / "model")), seq_len=8, latency_ms=1.0,
         latency_shape=timed,
@@ -198,7 +204,7 @@ def test_networks_of_every_family_are_timed(
 def test_the_best_multiple_is_one_that_was_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurements, "CACHE", tmp_path)
+    monkeypatch.setattr(remembered, "CACHE", tmp_path)
     found = best_multiple(CPU, torch.float32)
     assert found in MULTIPLES and best_multiple(CPU, torch.float32) == found
     (kept,) = (tmp_path / "multiple").iterdir()

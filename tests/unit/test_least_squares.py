@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from llm_vtrans.allocation import PrunePlan
-from llm_vtrans.budget import complete
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.basis.rotation import Basis, rotated_architecture
+from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning, export_model
+from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import Place
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.recovery import recovery_for
-from llm_vtrans.recovery.least_squares import Moments, recover, solve
-from llm_vtrans.rotation import Basis, rotated_architecture
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.recovery.methods import recovery_for
+from llm_vtrans.recovery.methods.least_squares import Moments, recover, solve
 from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import VOCAB_SIZE, save_tiny
 

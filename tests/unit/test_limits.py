@@ -9,17 +9,17 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from llm_vtrans.allocation import allocate
+from llm_vtrans.allocation.allocate import allocate
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.attachment import logits_of
+from llm_vtrans.basis.head_basis import balanced_basis
+from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
-from llm_vtrans.export import Pruning, export_model
-from llm_vtrans.head_basis import balanced_basis
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.planning import make_problem
-from llm_vtrans.problem import Problem
-from llm_vtrans.search import initial_shapes
+from llm_vtrans.export.pruning import Pruning, export_model
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import logits_of
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.preparation.planning import make_problem
+from llm_vtrans.training.search import initial_shapes
 
 SEQ_LEN = 48
 ALL = ("hidden", "heads", "ffn", "layers")

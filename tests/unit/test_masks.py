@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as normal_kl
 
-from llm_vtrans.attachment import apply_gate
-from llm_vtrans.masks import (
+from llm_vtrans.masking.gating import apply_gate
+from llm_vtrans.masking.masks import (
     THRESHOLD,
     VIBMasks,
     keep_probability,

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_vtrans.attachment import MaskedModel
+from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, oblique_basis
 from llm_vtrans.families.base import Place
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.oblique import RIDGE, ObliqueBasis, oblique_basis
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import MaskedModel
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WIDTH = 12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm_vtrans.errors import UserError
-from llm_vtrans.output_folder import OutputFolder, atomic_write_bytes, atomic_write_text
+from llm_vtrans.record.output_folder import OutputFolder, atomic_write_bytes, atomic_write_text
 
 
 @pytest.fixture(scope="session")

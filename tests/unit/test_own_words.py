@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from llm_vtrans.own_words import own_windows, with_windows
+from llm_vtrans.calibration.own_words import own_windows, with_windows
 from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import tiny_model
 

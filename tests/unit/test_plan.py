@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.attachment import MaskedModel
-from llm_vtrans.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
+from llm_vtrans.commands.plan import launches, plan
 from llm_vtrans.families import family_for
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.plan import launches, plan
-from llm_vtrans.resources import Workload, activation_bytes_per_token, weight_bytes
-from llm_vtrans.search import complete_layers, initial_shapes
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.preparation.resources import Workload, activation_bytes_per_token, weight_bytes
+from llm_vtrans.training.search import complete_layers, initial_shapes
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny, tiny_model
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")

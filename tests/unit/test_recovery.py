@@ -10,12 +10,12 @@ from accelerate import Accelerator
 
 from eval.baselines import slicegpt
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.distillation_loss import distillation_loss
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.recovering import check_recoverable, check_recovery
-from llm_vtrans.recovery import lora, recovery_for
-from llm_vtrans.recovery_training import RecoveryRun, default_steps
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.recovery.methods import lora, recovery_for
+from llm_vtrans.recovery.stage import check_recoverable, check_recovery
+from llm_vtrans.recovery.training import RecoveryRun, default_steps
+from llm_vtrans.training.distillation_loss import distillation_loss
 from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_baselines import case
 from tests.unit.test_least_squares import EXAMPLES, WINDOWS, halved

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_vtrans.attachment import KEPT_HIDDEN, MaskedModel, presence
-from llm_vtrans.distillation import SelfDistillation
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import Place
-from llm_vtrans.regression import RIDGE, _regression, fit_readers
+from llm_vtrans.masking.attachment import KEPT_HIDDEN, MaskedModel, presence
+from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.regression import RIDGE, _regression, fit_readers
 from tests.tiny import tiny_model
 from tests.unit.test_tuning import architecture_of, fresh, tokens
 

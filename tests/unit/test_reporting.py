@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from llm_vtrans.reporting import CLEAR_LINE, METRICS_FILE, Reporter, command_line
-from llm_vtrans.training import Progress
+from llm_vtrans.record.reporting import CLEAR_LINE, METRICS_FILE, Reporter, command_line
+from llm_vtrans.training.loop import Progress
 
 METRICS = {"loss": 0.5, "distillation": 0.4, "sparsity": 0.25, "target": 0.5}
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from llm_vtrans.basis.rotation import principal_basis
 from llm_vtrans.families import Axis, family_for
-from llm_vtrans.rotation import principal_basis
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 

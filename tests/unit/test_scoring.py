@@ -22,9 +22,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_vtrans import harness
 from llm_vtrans.errors import UserError
-from llm_vtrans.scoring import (
+from llm_vtrans.scoring import harness
+from llm_vtrans.scoring.perplexity import (
     jackknife_estimate,
     ratio_estimate,
     text_documents,

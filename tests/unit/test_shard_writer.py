@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llm_vtrans.checkpoint import DTYPES, Checkpoint
-from llm_vtrans.shard_writer import ShardWriter, file_parts
+from llm_vtrans.export.shard_writer import ShardWriter, file_parts
+from llm_vtrans.loading.checkpoint import DTYPES, Checkpoint
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 specs = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPES))), min_size=1, max_size=8)

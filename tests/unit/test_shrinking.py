@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_vtrans.allocation import allocate
-from llm_vtrans.attachment import MaskedModel, logits_of, presence
-from llm_vtrans.budget import Budget, dense_shape, parameter_cost
+from llm_vtrans.allocation.allocate import allocate
+from llm_vtrans.basis.rotation import rotated_architecture
+from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
+from llm_vtrans.budget.problem import Problem
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.masks import VIBMasks
-from llm_vtrans.problem import Problem
-from llm_vtrans.rotation import rotated_architecture
-from llm_vtrans.search import initial_shapes
-from llm_vtrans.shrinking import NEVER, Shrinker
-from llm_vtrans.trained_weights import train_weights
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.masking.attachment import MaskedModel, logits_of, presence
+from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.training.search import initial_shapes
+from llm_vtrans.training.shrinking import NEVER, Shrinker
+from llm_vtrans.training.trained_weights import train_weights
 from tests.tiny import CONFIGS, save_tiny
 from tests.unit.test_exactness import TOLERANCE, inputs_for, relative
 

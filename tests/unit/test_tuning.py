@@ -6,15 +6,16 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_vtrans.attachment import MaskedModel, map_read, map_written
-from llm_vtrans.budget import complete
-from llm_vtrans.distillation import SelfDistillation
+from llm_vtrans.budget.cost import complete
 from llm_vtrans.families import Architecture, Axis, family_for
-from llm_vtrans.preemption import Preemption
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.gating import map_read, map_written
+from llm_vtrans.masking.tuning import Tuning, num_maps
 from llm_vtrans.tasks.encoding import Examples
-from llm_vtrans.training import TrainingSettings, train
-from llm_vtrans.tune import TuneObjective
-from llm_vtrans.tuning import Tuning, num_maps
+from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.loop import TrainingSettings, train
+from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.tune import TuneObjective
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 
 LANGUAGE_MODELS = ["llama", "llama-bias", "qwen3", "gemma", "gpt2"]
@@ -123,8 +124,8 @@ def test_layers_share_maps_as_far_as_they_must(
     monkeypatch: pytest.MonkeyPatch, share: float, numbers: int, num: int
 ) -> None:
     """At least one pair for all layers, at most one for each; embeddings and head have theirs."""
-    monkeypatch.setattr("llm_vtrans.tuning.MAP_SHARE", share)
-    monkeypatch.setattr("llm_vtrans.tuning.MAP_NUMBERS", numbers)
+    monkeypatch.setattr("llm_vtrans.masking.tuning.MAP_SHARE", share)
+    monkeypatch.setattr("llm_vtrans.masking.tuning.MAP_NUMBERS", numbers)
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("gpt2").maps) == num - 2  # not rotated

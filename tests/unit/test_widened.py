@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from llm_vtrans import widened
-from llm_vtrans.loading import load_model, open_source
-from llm_vtrans.widened import WidenedLinear, widen_where_slow
+from llm_vtrans.loading import widened
+from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.widened import WidenedLinear, widen_where_slow
 from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")

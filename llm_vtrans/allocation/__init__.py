@@ -1,0 +1,1 @@
+"""ALLOCATE: trained masks and a budget -> exactly which units stay."""

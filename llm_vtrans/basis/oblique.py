@@ -1,0 +1,131 @@
+"""Which subspace of the residual stream the output needs, and how best to project onto it.
+
+PCA keeps the directions of largest variance, whatever reads them. Here a direction counts by
+both: with the second moment `C` of what the norms hand to the readers and the Fisher information
+`F` of the network's own predictions at the same places, a projector `P` of rank k costs
+
+    E ||F^(1/2) (I - P) x||^2 = tr F (I - P) C (I - P)^T
+
+to second order. The best one is oblique: balanced truncation (Moore 1981, IEEE TAC 26(1)). With
+`F = L L^T` and `U` the first k eigenvectors of `L^T C L` it is `P = L^-T U U^T L^T`. What is
+written is projected by `U^T L^T`, what is read sees the columns of `L^-T U`; these are made
+orthonormal, so that norms see the length of the projected stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_vtrans.distributed.ranks import agreed
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.hooks import removed_after
+
+RIDGE = 0.01  # of the mean Fisher information: every direction counts a little
+
+
+@dataclass(frozen=True)
+class ObliqueBasis:
+    """Moments of the stream behind its norms, float64, each with a mean diagonal of one.
+
+    Attributes:
+        inputs: `C`, `(hidden_size, hidden_size)`.
+        fisher: `F`, `(hidden_size, hidden_size)`.
+    """
+
+    inputs: Tensor
+    fisher: Tensor
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """`L` and the eigenvectors of `L^T C L`, most important first."""
+        ridge = RIDGE * torch.eye(len(self.fisher), dtype=torch.float64, device=self.fisher.device)
+        lower = torch.linalg.cholesky(self.fisher + ridge)
+        _, vectors = torch.linalg.eigh(lower.T @ self.inputs @ lower)
+        lower, vectors = agreed((lower.cpu(), vectors.flip(1).cpu()))
+        return lower.to(self.fisher.device), vectors.to(self.fisher.device)
+
+    def maps(self, size: int) -> dict[Place, Tensor]:
+        """The best projection that keeps `size` dimensions, as maps of `Tuning`.
+
+        Returns:
+            `write` whose first `size` rows and `read` whose first `size` columns are the
+            projection, both `(hidden_size, hidden_size)` float32 on the CPU.
+        """
+        lower, vectors = self._factors
+        kept = vectors[:, :size]
+        read, mixing = torch.linalg.qr(torch.linalg.solve_triangular(lower.T, kept, upper=True))
+        write = mixing @ kept.T @ lower.T
+        identity = torch.eye(len(lower))
+        return {
+            Place.WRITE: torch.cat([write.float().cpu(), identity[size:]]),
+            Place.READ: torch.cat([read.float().cpu(), identity[:, size:]], dim=1),
+        }
+
+
+def oblique_basis(
+    masked: MaskedModel, architecture: Architecture, batches: Iterable[Any], seed: int
+) -> ObliqueBasis | None:
+    """Observes the unmasked network.
+
+    Args:
+        masked: the network; its gates are taken off.
+        architecture: its table; the outputs of all norms of the stream are observed.
+        batches: calibration inputs on the model's device.
+        seed: of the labels that are drawn from the network's predictions.
+
+    Returns:
+        The basis, or None if gradients overflowed or vanished.
+    """
+    size = architecture.num_units[Axis.HIDDEN]
+    outputs: list[Tensor] = []
+
+    def observe(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        outputs.append(output if output.requires_grad else output.detach().requires_grad_())
+        return outputs[-1]
+
+    hooks = [
+        masked.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(observe)
+        for name, (spec, _) in architecture.named_tensors().items()
+        if spec.stream is Stream.SCALES
+    ]
+    masked.set_gates(None)
+    moments: list[Tensor] = []
+    with removed_after(hooks), torch.enable_grad():
+        for number, batch in enumerate(batches):
+            outputs.clear()
+            surprise = _surprise(masked(batch), seed + number)
+            seen = tuple(outputs)
+            grads = torch.autograd.grad(surprise, seen)
+            if not moments:
+                moments = [seen[0].new_zeros(size, size, dtype=torch.float32) for _ in range(2)]
+            for moment, tensors in zip(moments, (seen, grads), strict=True):
+                for tensor in tensors:
+                    flat = tensor.detach().flatten(0, -2).float()
+                    moment.addmm_(flat.T, flat)
+    inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
+    if not agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all())):
+        return None
+    return ObliqueBasis(inputs, fisher)
+
+
+def _surprise(logits: Tensor, seed: int) -> Tensor:
+    """Negative log-likelihood of labels drawn from the predictions.
+
+    The second moment of its gradient is the Fisher information. A regression's labels are
+    normal around the output.
+    """
+    logits = logits.float().flatten(0, -2)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    if logits.shape[-1] == 1:
+        noise = torch.randn(logits.shape, generator=generator, device=logits.device)
+        return (logits * noise).sum()
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    return F.cross_entropy(logits, labels[:, 0], reduction="sum")

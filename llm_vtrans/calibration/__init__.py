@@ -1,0 +1,1 @@
+"""CALIBRATE: text -> windows of tokens to learn from."""

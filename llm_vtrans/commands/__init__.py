@@ -1,0 +1,1 @@
+"""What users call beside `prune` and `score`, and how every command ends."""

@@ -1,0 +1,1 @@
+"""Several processes: how they meet, agree, and share weights in slices."""

@@ -1,0 +1,1 @@
+"""EXPORT: plan + original shards -> smaller shards that stock classes load."""

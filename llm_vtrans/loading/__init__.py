@@ -1,0 +1,1 @@
+"""LOAD: checkpoint folder -> frozen model, whole, quantised or of a pruned shape."""

@@ -1,0 +1,337 @@
+"""Puts masks on a frozen model: where they multiply is read off the family's tensor table.
+
+Every weight that writes to the residual stream marks two places. Its module's input
+is gated by the unit mask of its other dimension (heads at `o_proj`, FFN units at
+`down_proj`), its output by the hidden mask times the sub-layer's scalar. So the
+stream is always `z_hidden * (sum of writes)`. Where a post-norm follows, the hidden
+mask gates that norm's output instead: it is the stream.
+
+LayerNorm subtracts a mean, so zeros would not stay zero: it runs over the dimensions
+that are present (METHOD, section 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_vtrans.families.base import (
+    UNIT_AXIS,
+    Architecture,
+    Axis,
+    Dim,
+    Norm,
+    Role,
+    Stream,
+    Sublayer,
+    TensorSpec,
+    head_of,
+)
+from llm_vtrans.masking.gating import (
+    apply_gate,
+    map_heads,
+    map_read,
+    map_written,
+    weighted_layer_norm,
+)
+from llm_vtrans.masking.tuning import INPUT, OUTPUT, Tuning
+
+# Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
+PRESENT_HIDDEN = "hidden.present"
+PRESENT_LAYERS = "layers.present"
+KEPT_HIDDEN = "hidden.kept"  # indices of the hidden dimensions that stay, once that is settled
+# Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
+PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
+
+LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
+TOKEN_HEADS = (*LINEAR_HEADS, "ForMaskedLM")
+RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
+
+Gates = Mapping[str, Tensor]
+NamedTensors = Mapping[str, tuple[TensorSpec, int | None]]
+
+
+class MaskedModel(nn.Module):
+    """A frozen model whose activations are gated by the values in `gates`, where set.
+
+    Args:
+        model: the library's model; its parameters are frozen here.
+        architecture: its tensor table.
+        tuning: acts where gates are set and it is on; None leaves the gates alone.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
+        super().__init__()
+        self.architecture = architecture
+        # Not one of this module's own: ZeRO-3 would slice it with the weights.
+        self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
+        self._gates: Gates | None = None
+        self._added: dict[tuple[int | None, int], Tensor] = {}  # to the stream, by sub-layer
+        self.attach(model.requires_grad_(False), architecture.named_tensors())
+
+    def attach(self, model: nn.Module, tensors: NamedTensors, alive: Gates | None = None) -> None:
+        """Hooks gates onto a network and makes it the one that is run.
+
+        Args:
+            model: the whole one, or one from which units are gone already.
+            tensors: name in it -> row and original layer.
+            alive: booleans as gates are shaped, which of their units it has; None for all.
+        """
+        self.run(model, alive)
+        for name, (spec, layer) in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                self._hook(path, spec, layer)
+
+    def run(self, model: nn.Module, alive: Gates | None = None) -> None:
+        """Makes a network that gates were hooked onto the one that is run."""
+        self.model: Any = model
+        self._alive = alive
+
+    @property
+    def tuning(self) -> Tuning:
+        """The maps and factors; the stage that trains them is the module that owns them."""
+        return self._tuning[0]
+
+    def set_gates(self, gates: Gates | None) -> None:
+        """Sets the gate values of the coming forward passes; None takes masks and tuning off.
+
+        Args:
+            gates: `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 2)`, and what
+                `presence` or `PrunePlan.hard` add; a structure that is missing is not gated.
+                They stay in force until the next call, so that recomputation under
+                activation checkpointing sees the same draw.
+        """
+        self._gates = gates if gates is None or self._alive is None else self._of_alive(gates)
+
+    def _of_alive(self, gates: Gates) -> Gates:
+        """Gates of the units that the network has; of those in layers one tensor per layer."""
+        assert self._alive is not None
+        reduced: dict[str, Any] = dict(gates)
+        for name in gates.keys() & {Axis.HIDDEN, PRESENT_HIDDEN}:
+            reduced[name] = gates[name][self._alive[Axis.HIDDEN]]
+        for axis in gates.keys() & set(UNIT_AXIS.values()):
+            rows = zip(gates[axis], self._alive[axis], strict=True)
+            reduced[axis] = [row[keep] for row, keep in rows]
+        return reduced
+
+    def whole_stream(self, hidden: Tensor) -> Tensor:
+        """The residual stream `(..., present)` at full width, zeros where dimensions are gone."""
+        if self._alive is None:
+            return hidden
+        alive = self._alive[Axis.HIDDEN]
+        if self.architecture.norm is Norm.RMS:  # it was scaled for the norm's mean, see export
+            hidden = hidden * (len(alive) / alive.sum()).sqrt()
+        whole = hidden.new_zeros(*hidden.shape[:-1], len(alive))
+        whole[..., alive] = hidden
+        return whole
+
+    def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
+        return logits_of(self.model(**_named(inputs), use_cache=False))
+
+    def hidden_states(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """What the output head of a language model reads, `(batch, seq, hidden)`."""
+        hidden: Tensor = self.model.base_model(**_named(inputs), use_cache=False)[0]
+        return hidden
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether it is a language model, which answers at every token."""
+        return head_of(self.model.config) in TOKEN_HEADS
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The linear map from `hidden_states` to logits; None where a model does more than that."""
+        config = self.model.config
+        if head_of(config) not in LINEAR_HEADS or any(getattr(config, n, None) for n in RESCALES):
+            return None
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    def _hook(self, path: str, spec: TensorSpec, layer: int | None) -> None:
+        """Registers what one weight's row of the table asks for."""
+        module = self.model.get_submodule(path)
+        if spec.stream in (Stream.SCALES, Stream.RENEWS):
+            if self.architecture.norm is Norm.LAYER:
+                module.register_forward_hook(self._normalise(path, spec, layer))
+            else:
+                module.register_forward_hook(self._tune_norm(path, spec, layer))
+            return
+        if spec.stream is Stream.TAKES:
+            module.register_forward_pre_hook(self._keep_present)
+        if spec.stream is Stream.READS and self.architecture.is_post_norm:
+            module.register_forward_pre_hook(self._map_input(spec, layer))
+        for dim in spec.dims:
+            for block, role in enumerate(dim.roles):
+                if role is Role.QUERY:
+                    module.register_forward_hook(self._project_output(dim, block, layer))
+                elif role is Role.OUTPUT:
+                    module.register_forward_pre_hook(self._project_input(layer))
+        if spec.is_write:
+            for dim in spec.dims:
+                if dim.axis not in (Axis.HIDDEN, None):
+                    module.register_forward_pre_hook(self._gate_input(path, dim, layer))
+            module.register_forward_hook(self._gate_output(path, spec, layer))
+
+    def _gate_input(self, path: str, dim: Dim, layer: int | None) -> Callable[..., Any]:
+        width = self.architecture.units_per(dim)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self._gates is None:
+                return None
+            scale = self.tuning.scale(path, INPUT)
+            if scale is not None and len(scale) < dim.size:
+                scale = scale.repeat_interleave(width)
+            gate = None
+            if dim.axis is not None and dim.axis in self._gates:
+                gate = self._gates[dim.axis][layer].repeat_interleave(width)
+            factor = _product(gate, scale)
+            return None if factor is None else (apply_gate(args[0], factor), *args[1:])
+
+        return hook
+
+    def _tune_norm(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        """Factors of an RMSNorm, and the map in front of what reads the stream."""
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            if self._gates is None:
+                return None
+            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec.place, layer)
+            if matrix is not None:
+                matrix = matrix if scale is None else matrix * scale
+                return map_read(output, matrix, self._gates.get(KEPT_HIDDEN))
+            return None if scale is None else apply_gate(output, scale)
+
+        return hook
+
+    def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self._gates is None or (matrix := self.tuning.map(spec.place, layer)) is None:
+                return None
+            return (map_read(args[0], matrix, self._gates.get(KEPT_HIDDEN)), *args[1:])
+
+        return hook
+
+    def _gate_output(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        part = _index(spec.sublayer)
+
+        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+            gates = self._gates
+            if gates is None:
+                return None
+            gate = gates.get(Axis.HIDDEN) if spec.stream is Stream.WRITES else None
+            if part is not None and "layers" in gates:
+                gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
+            factor = _product(gate, self.tuning.scale(path, OUTPUT))
+            matrix = self.tuning.map(spec.place, layer)
+            if matrix is not None:
+                matrix = matrix if factor is None else factor[:, None] * matrix
+                output = map_written(output, matrix, gates.get(KEPT_HIDDEN))
+            elif factor is not None:
+                output = apply_gate(output, factor)
+            if spec.stream is Stream.JOINS and part is not None and PRESENT_LAYERS in gates:
+                self._added[layer, part] = output
+            return output
+
+        return hook
+
+    def _normalise(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        """LayerNorm over present dimensions; a post-norm is gated and goes with its sub-layer."""
+        part = _index(spec.sublayer)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            gates = self._gates
+            if gates is None:
+                return None
+            if PRESENT_HIDDEN in gates:
+                assert isinstance(module, nn.LayerNorm)
+                output = weighted_layer_norm(args[0], module, gates[PRESENT_HIDDEN])
+            is_stream = spec.stream is Stream.RENEWS
+            gate = gates.get(Axis.HIDDEN) if is_stream else None
+            factor = _product(gate, self.tuning.scale(path, OUTPUT))
+            output = output if factor is None else apply_gate(output, factor)
+            if not is_stream:
+                matrix = self.tuning.map(spec.place, layer)
+                kept = gates.get(KEPT_HIDDEN)
+                return output if matrix is None else map_read(output, matrix, kept)
+            if part is not None and PRESENT_LAYERS in gates:
+                # Without the norm the noise of an absent sub-layer would stay in the stream.
+                before = args[0] - self._added.pop((layer, part))
+                present = gates[PRESENT_LAYERS][layer, part].to(output.dtype)
+                output = torch.lerp(before, output, present)
+            return output
+
+        return hook
+
+    def _keep_present(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._gates is None or PRESENT_HIDDEN not in self._gates:
+            return None
+        return (apply_gate(args[0], self._gates[PRESENT_HIDDEN]), *args[1:])
+
+    def _projector(self, role: Role, layer: int | None) -> Tensor | None:
+        name = PROJECTORS[role]
+        return None if self._gates is None or name not in self._gates else self._gates[name][layer]
+
+    def _project_input(self, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            projector = self._projector(Role.OUTPUT, layer)
+            return None if projector is None else (map_heads(args[0], projector), *args[1:])
+
+        return hook
+
+    def _project_output(self, dim: Dim, block: int, layer: int | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            projector = self._projector(Role.QUERY, layer)
+            if projector is None:
+                return None
+            blocks = list(output.chunk(dim.num_blocks, dim=-1))
+            blocks[block] = map_heads(blocks[block], projector)
+            return torch.cat(blocks, dim=-1)
+
+        return hook
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model's head says; the classes that compete lie in the last dimension.
+
+    Returns:
+        `(batch, seq, vocab)` of language models, `(batch, num_labels)` of classifiers,
+        `(batch, num_choices)`, or start and end of an answer, `(batch, 2, seq)`.
+    """
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=1)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _named(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Model inputs by name; tokens alone may come without one."""
+    return {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
+
+
+def _index(sublayer: Sublayer | None) -> int | None:
+    return None if sublayer is None else list(Sublayer).index(sublayer)
+
+
+def presence(keep: Gates, num_layers: int) -> dict[str, Tensor]:
+    """Entries for `set_gates` that say how far hidden dimensions and sub-layers are there.
+
+    Args:
+        keep: probabilities or booleans to keep, `hidden (d,)` and `layers (L, 1 or 2)`, each
+            where it is pruned.
+        num_layers: `L`.
+    """
+    found = {}
+    if "hidden" in keep:
+        found[PRESENT_HIDDEN] = keep["hidden"].float()
+    if "layers" in keep:
+        found[PRESENT_LAYERS] = keep["layers"].float().expand(num_layers, 2)
+    return found

@@ -1,0 +1,178 @@
+"""What is trained after the gates, all of which export folds into the weights.
+
+Hidden pruning keeps a subspace of the residual stream. PCA picks the one of largest
+variance; the network's output may need another, and what writes to the stream may
+project onto it along other directions than it is read. So square matrices are trained:
+SliceGPT's change of basis (arXiv:2401.15024, section 3), oblique and learned. One serves what
+embeddings write, one what the head reads, and layers share theirs in groups of neighbours, as
+many as memory allows. Beside them every place where a gate multiplies has factors
+of its own, as (IA)^3 has (arXiv:2205.05638).
+The weights stay frozen, and nothing is left over at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_vtrans.basis.rotation import Basis
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
+
+INPUT, OUTPUT = "in", "out"
+INSIDE = (Place.WRITE, Place.READ)
+MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
+MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a map for every layer
+MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
+SCALE_LEARNING_RATE = 0.015  # times that distance
+
+
+def scale_name(module: str, side: str) -> str:
+    """Key of the factors at one side of a module; parameter names may not contain dots."""
+    return f"{module}:{side}".replace(".", "/")
+
+
+class Tuning(nn.Module):
+    """Maps of the residual stream and factors at every gate, float32, at first the identity.
+
+    With a kept set `K` of hidden dimensions, what writes becomes `(map @ W)[K]` and what reads
+    `W @ map[:, K]`. Layers always have maps; embeddings and head only where the stream was
+    rotated: else they may be one table, or a norm stands between.
+
+    They act where gates are set and `is_on` is.
+
+    Args:
+        architecture: table of the model.
+        is_rotated: whether the stream's basis was changed (`Family.rotates`).
+        is_empty: neither maps nor factors.
+    """
+
+    def __init__(self, architecture: Architecture, is_rotated: bool, is_empty: bool = False):
+        super().__init__()
+        size = architecture.num_units[Axis.HIDDEN]
+        places = () if is_empty else tuple(Place) if is_rotated else INSIDE
+        self._layers_per_map = layers_per_map(architecture)
+        self.maps = nn.ParameterDict(
+            {
+                self.map_name(place, layer): nn.Parameter(torch.eye(size))
+                for place in places
+                for layer in (range(architecture.num_layers) if place in INSIDE else [None])
+            }
+        )
+        self.scales = nn.ParameterDict()
+        for name, (spec, _) in architecture.named_tensors().items():
+            module, _, leaf = name.rpartition(".")
+            if not is_empty and leaf == "weight":
+                for side, size in _sides(architecture, spec).items():
+                    self.scales[scale_name(module, side)] = nn.Parameter(torch.ones(size))
+        self.is_rotated, self.is_on = is_rotated, False
+
+    @property
+    def moves_stream(self) -> bool:
+        """Whether the stream has another basis than without: only then do embeddings have a map."""
+        return self.is_on and self.is_rotated
+
+    def scale(self, module: str, side: str) -> Tensor | None:
+        """Factors at one side of a module, `(width,)`, or one for each of its heads."""
+        return self.scales.get(scale_name(module, side)) if self.is_on else None
+
+    def map_name(self, place: Place, layer: int | None) -> str:
+        """Key of the map in a place, whether there is one or not."""
+        return place.value if layer is None else f"{place.value}{layer // self._layers_per_map}"
+
+    def map(self, place: Place, layer: int | None) -> Tensor | None:
+        """Map of what is written or read in a place, `(hidden_size, hidden_size)`."""
+        return self.maps.get(self.map_name(place, layer)) if self.is_on else None
+
+    @torch.no_grad()
+    def start(self, maps: Mapping[Place, Tensor] | None) -> None:
+        """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them; factors are one.
+
+        Args:
+            maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too;
+                None for the identity, and not to act.
+        """
+        self.is_on = maps is not None
+        for name, parameter in self.maps.items():
+            side = Place.WRITE if _writes(name) else Place.READ
+            parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[side])
+        for scale in self.scales.values():
+            scale.fill_(1)
+
+    def basis(self, rotation: Tensor | None) -> Basis | None:
+        """The stream's directions, maps and rotation in one; None if neither is there.
+
+        Args:
+            rotation: `(hidden_size, hidden_size)`, columns the directions that the maps act on.
+        """
+        if not self.maps:
+            return None if rotation is None else Basis.rotation(rotation)
+
+        @lru_cache(maxsize=len(Place))  # tensors are asked for layer by layer
+        def directions(name: str) -> Tensor | None:
+            if name not in self.maps:
+                return None
+            matrix = self.maps[name].detach().cpu()
+            columns = matrix.T if _writes(name) else matrix
+            return columns if rotation is None else rotation.cpu() @ columns
+
+        return Basis(
+            lambda place, layer: directions(self.map_name(place, layer)), rotation is not None
+        )
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by `scale_name`, on the CPU."""
+        return {name: scale.detach().cpu() for name, scale in self.scales.items()}
+
+    def parameter_groups(self, loss: float) -> list[dict[str, Any]]:
+        """For an optimizer of Adam's kind; `peak` is the largest learning rate of a group.
+
+        A step of Adam moves every entry alike, so a map's effect grows with its width: its
+        rate is inverse to that (maximal update parametrisation, arXiv:2203.03466, table 3). Nor
+        does a step know how far there is to go. Near the teacher the loss is a quadratic, so that
+        distance is its root, and so is the noise of a gradient.
+
+        Args:
+            loss: before training, in nats.
+        """
+        distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
+        maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
+        rate = MAP_LEARNING_RATE * distance
+        groups = [{"params": [p], "peak": rate / p.shape[1]} for p in maps]
+        return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE * distance}]
+
+
+def num_maps(architecture: Architecture) -> int:
+    """Maps of a network whose stream was rotated."""
+    return 2 + 2 * -(-architecture.num_layers // layers_per_map(architecture))
+
+
+def layers_per_map(architecture: Architecture) -> int:
+    """Neighbouring layers that share a map of what they write and one of what they read."""
+    numbers = max(MAP_NUMBERS, MAP_SHARE * architecture.num_parameters)
+    num = numbers / architecture.num_units[Axis.HIDDEN] ** 2
+    num_groups = max(1, int(num - 2) // 2)  # beside embeddings and head
+    return -(-architecture.num_layers // num_groups)
+
+
+def _writes(name: str) -> bool:
+    """Whether a map stands behind what writes to the stream."""
+    return name.startswith((Place.START.value, Place.WRITE.value))
+
+
+def _sides(architecture: Architecture, spec: TensorSpec) -> dict[str, int]:
+    """Where a tensor's module has factors, and how many."""
+    if spec.stream in (Stream.SCALES, Stream.RENEWS):
+        return {OUTPUT: spec.dims[0].size}
+    if not spec.is_write:
+        return {}
+    units = {dim.axis: dim for dim in spec.dims if dim.axis is not None}
+    hidden = units.pop(Axis.HIDDEN)
+    sides = {OUTPUT: hidden.size}
+    for axis, dim in units.items():  # heads whose basis may change have one factor each
+        sides[INPUT] = architecture.num_units[axis] if dim.roles else dim.size
+    return sides

@@ -1,0 +1,1 @@
+"""PREPARE: options -> a run that was checked before any weight is read."""

@@ -1,0 +1,66 @@
+"""`--batch-size auto`: as many of a step's sequences at once as fit into memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.distributed.zero3 import is_offloaded, is_partitioned
+from llm_vtrans.loading.model import Source
+from llm_vtrans.preparation.planning import compute_dtype
+from llm_vtrans.preparation.resources import (
+    CPU_PROCESS_BYTES,
+    GPU_PROCESS_BYTES,
+    MARGIN,
+    Workload,
+    estimate_memory,
+    host_memory,
+)
+
+
+def split_step(
+    args: PruneArguments, source: Source, seq_len: int, accelerator: Accelerator
+) -> PruneArguments:
+    """The options with the same step in the fewest micro-batches, by what `plan` estimates.
+
+    A step keeps its sequences, so that what comes out does not depend on the device. Where not
+    even one sequence fits by the estimate, the run tries with one.
+
+    Args:
+        args: `filled` ones.
+        source: the dense checkpoint.
+        seq_len: tokens in a sequence.
+        accelerator: ranks and device.
+    """
+    device = accelerator.device
+    base = GPU_PROCESS_BYTES if device.type == "cuda" else CPU_PROCESS_BYTES
+    stored = source.checkpoint.tensors[source.architecture.embedding.name].dtype
+    limit = MARGIN * _memory(device)
+    num = args.batch_size * args.gradient_accumulation
+
+    def fits(batch_size: int) -> bool:
+        work = Workload(
+            batch_size, seq_len, accelerator.num_processes,
+            compute_dtype(args.dtype, device).itemsize, stored.itemsize,
+            args.gradient_checkpointing, args.load_in, is_partitioned(accelerator),
+            is_offloaded(accelerator), args.trains_weights,
+        )  # fmt: skip
+        vocab_size = source.config.vocab_size
+        return estimate_memory(source.architecture, vocab_size, work, base, 1.0).train <= limit
+
+    sizes = [size for size in range(num, 0, -1) if num % size == 0]
+    own = next((size for size in sizes if fits(size)), 1)
+    size = min(gather_object([own]))
+    return replace(args, batch_size=size, gradient_accumulation=num // size)
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of a rank: its device's, or its share of the machine's."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

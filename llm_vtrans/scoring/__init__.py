@@ -1,0 +1,1 @@
+"""SCORE: perplexity, the LM Evaluation Harness, and what a run measures on its way."""

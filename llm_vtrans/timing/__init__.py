@@ -1,0 +1,1 @@
+"""TIME: how long networks of a shape take on this device, and a budget of it."""

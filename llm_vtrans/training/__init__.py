@@ -1,0 +1,1 @@
+"""TRAIN: search for the units to keep, then tune what stays, with the dense network as teacher."""
