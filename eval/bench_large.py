@@ -27,7 +27,7 @@ import torch
 
 from eval.speed.files import READ, measure
 from eval.speed.shapes import SIZES, VOCAB_SIZE, llama, write_checkpoint
-from llm_vtrans.loading.model import open_source
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.preparation.resources import CPU_PROCESS_BYTES, GIB, Workload, estimate_memory
 from llm_vtrans.record.reporting import table
 

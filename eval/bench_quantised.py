@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from llm_vtrans.arguments import LOAD_FORMS
-from llm_vtrans.loading.model import load_model, load_tokenizer, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import load_tokenizer, open_source
 from llm_vtrans.record.reporting import table
 from llm_vtrans.scoring.perplexity import text_windows, token_perplexity
 

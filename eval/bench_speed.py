@@ -40,8 +40,8 @@ from eval.speed.training import step_times
 from llm_vtrans.arguments import DTYPES
 from llm_vtrans.commands.command import Parser, run_command
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading.model import open_source
 from llm_vtrans.loading.shaped import random_network, shaped_config
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.preparation.planning import compute_dtype
 from llm_vtrans.record.manifest import dtype_name
 from llm_vtrans.record.output_folder import atomic_write_text

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from llm_vtrans.basis.rotation import rotate_model, rotated_architecture
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.record.manifest import read_masks, saved_plan

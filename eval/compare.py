@@ -49,7 +49,7 @@ from eval.comparison.overlap import check_apart
 from llm_vtrans.calibration.text import TextSource, calibrate
 from llm_vtrans.commands.command import Parser, positive, run_command
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading.model import EMBEDDED, Source, load_tokenizer, open_source
+from llm_vtrans.loading.source import EMBEDDED, Source, load_tokenizer, open_source
 from llm_vtrans.record.output_folder import atomic_write_bytes
 from llm_vtrans.recovery.methods import recovery_for
 from llm_vtrans.scoring.perplexity import text_documents, text_windows

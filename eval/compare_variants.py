@@ -38,7 +38,7 @@ from llm_vtrans.commands.command import Parser, run_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
 from llm_vtrans.job import Job
-from llm_vtrans.loading.model import Source, open_source
+from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.preparation.planning import task_data, window_length
 from llm_vtrans.prune import prune

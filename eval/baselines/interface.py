@@ -17,7 +17,7 @@ from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading.model import Source
+from llm_vtrans.loading.source import Source
 
 SHARD_SIZE = 5 * 10**9
 

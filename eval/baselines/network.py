@@ -15,7 +15,8 @@ from llm_vtrans.basis.rotation import principal_basis, rotate_model, rotated_arc
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import UNIT_AXES, Stream, TensorSpec
-from llm_vtrans.loading.model import Source, load_model
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.hooks import removed_after
 
 Importances = Mapping[str, Tensor]  # `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, `layers (L, 1)`

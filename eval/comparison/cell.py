@@ -32,7 +32,8 @@ from eval.baselines.interface import round_weights
 from eval.comparison.ours import Ours
 from llm_vtrans.budget.cost import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading.model import Source, load_model, load_tokenizer, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import Source, load_tokenizer, open_source
 from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.record.reporting import peak_rss, versions
 from llm_vtrans.recovery.methods import recovery_for

@@ -25,7 +25,8 @@ from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import UNIT_AXES
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.record.reporting import peak_rss
 
 READ = "read every tensor"

@@ -21,7 +21,8 @@ from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.budget.cost import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.families.base import UNIT_AXES
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning

@@ -18,7 +18,7 @@ from llm_vtrans.budget.cost import dense_shape, mac_cost
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, family_for
-from llm_vtrans.loading.model import EMBEDDED
+from llm_vtrans.loading.source import EMBEDDED
 from llm_vtrans.preparation.resources import (
     CPU_PROCESS_BYTES,
     GPU_PROCESS_BYTES,

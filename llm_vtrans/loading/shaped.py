@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llm_vtrans.families.base import Architecture, Family, Shape
-from llm_vtrans.loading.model import Source
+from llm_vtrans.loading.source import Source
 
 SPREAD = 0.02  # of random weights, as usual at the start of training
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.distributed.zero3 import is_offloaded, is_partitioned
-from llm_vtrans.loading.model import Source
+from llm_vtrans.loading.source import Source
 from llm_vtrans.preparation.planning import compute_dtype
 from llm_vtrans.preparation.resources import (
     CPU_PROCESS_BYTES,

@@ -16,7 +16,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
-from llm_vtrans.loading.model import Source, load_tokenizer
+from llm_vtrans.loading.source import Source, load_tokenizer
 from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.timing.latency import Pass

@@ -20,8 +20,8 @@ from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.distributed.ranks import join
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture
-from llm_vtrans.loading.model import Source, open_source
 from llm_vtrans.loading.quantised import check_form
+from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.preparation.batch_fit import split_step
 from llm_vtrans.preparation.planning import (
     compute_dtype,

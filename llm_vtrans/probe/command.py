@@ -18,7 +18,7 @@ from llm_vtrans.calibration.text import documents as read_documents
 from llm_vtrans.commands.command import Parser, positive
 from llm_vtrans.embedded.corpus import heldout_documents
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading.model import Source, load_tokenizer, open_source
+from llm_vtrans.loading.source import Source, load_tokenizer, open_source
 from llm_vtrans.probe.attention import CATEGORIES, examples, measure
 from llm_vtrans.probe.pictures import probe_page
 from llm_vtrans.probe.significance import compare

@@ -22,7 +22,8 @@ from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.export.shard_writer import ShardWriter
 from llm_vtrans.families.base import Norm, head_of
 from llm_vtrans.loading.checkpoint import Checkpoint
-from llm_vtrans.loading.model import Source, load_model
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.attachment import LINEAR_HEADS
 from llm_vtrans.recovery.methods import Recovery, recovery_for
 from llm_vtrans.recovery.training import RecoveryRun, settings_of

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from llm_vtrans.budget.cost import dense_shape
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Architecture, Shape
-from llm_vtrans.loading.model import Source
 from llm_vtrans.loading.shaped import random_network, shaped_config
+from llm_vtrans.loading.source import Source
 from llm_vtrans.timing.latency import Pass
 from llm_vtrans.timing.latency_cost import LatencyCost, Times, latency_cost
 from llm_vtrans.timing.remembered import remembered

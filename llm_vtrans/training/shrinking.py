@@ -21,8 +21,8 @@ from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Axis, Sublayer, TensorSpec
-from llm_vtrans.loading.model import Source
 from llm_vtrans.loading.shaped import empty_network, shaped_config
+from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import SHARPNESS, VIBMasks, keep_probability
 from llm_vtrans.training.distillation import recompute

@@ -17,7 +17,8 @@ from llm_vtrans.commands.export import flags_of
 from llm_vtrans.commands.publish import publish
 from llm_vtrans.job import Job
 from llm_vtrans.loading.checkpoint import INDEX_FILE, SINGLE_FILE
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.preparation.planning import make_problem, window_length
 from llm_vtrans.record.manifest import MASKS_FILE

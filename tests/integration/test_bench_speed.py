@@ -12,8 +12,8 @@ import torch
 
 from eval.bench_speed import exponent
 from eval.speed.shapes import llama, problem_of, proportional_shape, write_checkpoint
-from llm_vtrans.loading.model import open_source
 from llm_vtrans.loading.shaped import empty_network, shaped_config
+from llm_vtrans.loading.source import open_source
 from tests.runs import ROOT
 from tests.tiny import save_tiny
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from llm_vtrans.arguments import LOAD_FORMS
 from llm_vtrans.commands.command import run_command
-from llm_vtrans.loading.model import Weights, fill_model, load_model, open_source
+from llm_vtrans.loading.model import Weights, fill_model, load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.prune import prune
 from tests.runs import flags, write_inputs
 

@@ -16,7 +16,7 @@ from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.budget.cost import dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
-from llm_vtrans.loading.model import open_source
+from llm_vtrans.loading.source import open_source
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_vtrans.arguments import PruneArguments
-from llm_vtrans.loading.model import Source, open_source
+from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.preparation import batch_fit
 from llm_vtrans.preparation.batch_fit import split_step
 from llm_vtrans.preparation.command_line import parse

@@ -19,7 +19,8 @@ from llm_vtrans.budget.cost import mac_cost, parameter_cost
 from llm_vtrans.export.pruning import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import head_of
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.tuning import MAP_NUMBERS, Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny

@@ -13,7 +13,8 @@ from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Norm, Role, Sublayer, head_of
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import PRESENT_LAYERS, MaskedModel
 from llm_vtrans.masking.gating import weighted_layer_norm
 from tests.tiny import CONFIGS, save_tiny, tiny_model

@@ -15,7 +15,7 @@ from llm_vtrans.budget.cost import Budget, complete, dense_shape
 from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Shape
-from llm_vtrans.loading.model import open_source
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.preparation.planning import make_problem, make_stopwatch
 from llm_vtrans.timing import remembered
 from llm_vtrans.timing.latency import Pass

@@ -15,7 +15,8 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import Place
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.recovery.methods import recovery_for
 from llm_vtrans.recovery.methods.least_squares import Moments, recover, solve
 from llm_vtrans.tasks.encoding import Examples

@@ -15,7 +15,8 @@ from llm_vtrans.basis.head_basis import balanced_basis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning, export_model
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import logits_of
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.preparation.planning import make_problem

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, oblique_basis
 from llm_vtrans.families.base import Place
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from tests.tiny import VOCAB_SIZE, save_tiny
 

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from eval.baselines import slicegpt
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.recovery.methods import lora, recovery_for
 from llm_vtrans.recovery.stage import check_recoverable, check_recovery
 from llm_vtrans.recovery.training import RecoveryRun, default_steps

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from llm_vtrans.loading import widened
-from llm_vtrans.loading.model import load_model, open_source
+from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.loading.widened import WidenedLinear, widen_where_slow
 from tests.tiny import save_tiny
 
