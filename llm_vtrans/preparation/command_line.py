@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -79,3 +80,13 @@ def recipe(args: PruneArguments) -> str:
         if f.name not in CALL_FIELDS and getattr(args, f.name) is not None
     }
     return yaml.safe_dump(chosen, sort_keys=False)
+
+
+def command_line(args: PruneArguments) -> str:
+    """What makes a run again, in words of a shell: every option that is not its default."""
+    words = ["llm-vtrans", "prune"]
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if value != f.default and (f.name == "output" or f.name not in CALL_FIELDS):
+            words += [f"--{f.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -14,7 +14,7 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget.cost import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.loading.checkpoint import Checkpoint
-from llm_vtrans.preparation.command_line import recipe
+from llm_vtrans.preparation.command_line import command_line, recipe
 from llm_vtrans.preparation.planning import dense_params
 from llm_vtrans.record.manifest import (
     CARD_FILE,
@@ -27,7 +27,7 @@ from llm_vtrans.record.manifest import (
 from llm_vtrans.record.model_card import PIPELINES, base_license, model_card
 from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write_text
 from llm_vtrans.record.redaction import redact
-from llm_vtrans.record.reporting import METRICS_FILE, command_line, versions
+from llm_vtrans.record.reporting import METRICS_FILE, versions
 from llm_vtrans.record.verification import sha256_of, windows_sha256
 from llm_vtrans.report.build import write_run_report
 from llm_vtrans.report.record import RunRecord
@@ -155,7 +155,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
         "headline": job.data.headline,
         "scores": job.measured.scores,
         "settings": {**asdict(args), "steps": job.settings.num_steps},
-        "command": command_line(),
+        "command": redact(command_line(args)),
         "phases": job.reporter.record(),
         "versions": versions(),
         "computed_in": {

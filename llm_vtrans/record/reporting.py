@@ -6,7 +6,6 @@ import ctypes
 import json
 import platform
 import resource
-import shlex
 import shutil
 import sys
 import time
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 
 from llm_vtrans import __version__
-from llm_vtrans.record.redaction import redact
 from llm_vtrans.training.loop import Progress
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -152,14 +150,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def command_line() -> str:
-    """What makes this run again, in words of a shell: the program's path gives way to its name."""
-    # As a script prune.py takes options alone; the console script's first word is the command.
-    arguments = sys.argv[1:]
-    command = [] if arguments and not arguments[0].startswith("-") else ["prune"]
-    return redact(shlex.join(["llm-vtrans", *command, *arguments]))
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

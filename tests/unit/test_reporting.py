@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from llm_vtrans.record.reporting import CLEAR_LINE, METRICS_FILE, Reporter, command_line
+from llm_vtrans.record.reporting import CLEAR_LINE, METRICS_FILE, Reporter
 from llm_vtrans.training.loop import Progress
 
 METRICS = {"loss": 0.5, "distillation": 0.4, "sparsity": 0.25, "target": 0.5}
@@ -43,19 +43,6 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     reporter.progress(tmp_path, Progress(1, METRICS, 1.0, 1.0))
     reporter.say("x")
     assert capsys.readouterr().out == "" and not (tmp_path / METRICS_FILE).exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (["llm_vtrans/prune.py", "--model", "a b"], "llm-vtrans prune --model 'a b'"),
-        (["bin/llm-vtrans", "prune", "--model", "x"], "llm-vtrans prune --model x"),
-        (["bin/llm-vtrans", "export", "--from", "x"], "llm-vtrans export --from x"),
-    ],
-)
-def test_the_exact_command(monkeypatch, argv, told):
-    monkeypatch.setattr(sys, "argv", argv)
-    assert command_line() == told
 
 
 def test_a_phase_does_not_count_what_an_earlier_one_gave_back() -> None:

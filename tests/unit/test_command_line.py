@@ -1,0 +1,49 @@
+"""What a result says of the command that makes it again."""
+
+import shlex
+import sys
+from dataclasses import fields
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.preparation.command_line import command_line, parse
+
+OPTIONS = {
+    "model": st.text("ab /'\"$", min_size=1),
+    "sparsity": st.floats(0.1, 0.9),
+    "params": st.just("3.4B"),
+    "samples": st.integers(100, 1000),
+    "batch_size": st.integers(1, 8),
+    "round_to": st.sampled_from(["1", "64", "auto"]),
+    "own_words": st.floats(0, 0.9),
+    "gradient_checkpointing": st.booleans(),
+    "output": st.just("some where"),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=OPTIONS))
+def test_the_command_sets_the_same_options(options):
+    if "params" in options:
+        options.pop("sparsity", None)
+    args = PruneArguments(**options)
+    program, command, *flags = shlex.split(command_line(args))
+    assert (program, command) == ("llm-vtrans", "prune") and parse(flags) == args
+
+
+def test_defaults_are_left_out():
+    assert command_line(parse([])) == "llm-vtrans prune --data embedded --sparsity 0.5"
+
+
+def test_a_recipe_is_spelt_out(tmp_path, monkeypatch):
+    """The command holds without the file, and whoever called the process."""
+    monkeypatch.setattr(sys, "argv", ["eval/compare.py", "--methods", "ours"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 3\nsparsity: 0.5\n")
+    args = parse(["--config", str(recipe), "--quiet", "true", "--dry-run", "true"])
+    again = parse(shlex.split(command_line(args))[2:])
+    call = {"config", "quiet", "dry_run"}
+    assert all(getattr(again, f.name) == getattr(args, f.name)
+               for f in fields(args) if f.name not in call)  # fmt: skip
+    assert again.seed == 3 and not any(getattr(again, name) for name in call)
