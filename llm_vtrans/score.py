@@ -1,4 +1,4 @@
-"""Score a checkpoint, beside its dense baseline, with perplexity and the LM Evaluation Harness.
+r"""Score a checkpoint beside its dense baseline: perplexity, LM Evaluation Harness.
 
     llm-vtrans score --model DIR --baseline DENSE \
         --tasks ppl:wikitext2 wikitext_local piqa_local --output results.json
