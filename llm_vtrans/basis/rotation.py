@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered, is_writer
-from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
+from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
 from llm_vtrans.masking.hooks import removed_after
 
 
@@ -28,20 +28,20 @@ class Basis:
     """Directions of the residual stream, as columns of `(hidden_size, hidden_size)` float32.
 
     Attributes:
-        at: of a place and, inside the layers, of a layer. What writes to the stream is projected
-            onto them, what reads from it sees coordinate i along direction i. After a plain
-            rotation all are one orthogonal matrix; where there are none, the stream's own
+        at: of a tensor's row and, inside the layers, its layer. What writes to the stream is
+            projected onto them, what reads from it sees coordinate i along direction i. After a
+            plain rotation all are one orthogonal matrix; where there are none, the stream's own
             coordinates stay.
         is_rotated: whether norm weights are folded into what reads.
     """
 
-    at: Callable[[Place, int | None], Tensor | None]
+    at: Callable[[TensorSpec, int | None], Tensor | None]
     is_rotated: bool
 
     @classmethod
     def rotation(cls, matrix: Tensor) -> Basis:
         """The basis after an orthogonal change `(hidden_size, hidden_size)`."""
-        return cls(lambda place, layer: matrix, is_rotated=True)
+        return cls(lambda spec, layer: matrix, is_rotated=True)
 
     def truncated(
         self,
@@ -60,7 +60,7 @@ class Basis:
             kept: indices of the directions that stay, `(num_kept,)`.
             norm_weight: what the norm in front multiplies by, `(hidden_size,)`, for readers.
         """
-        columns = self.at(spec.place, layer)
+        columns = self.at(spec, layer)
         if self.is_rotated:
             assert columns is not None
             return rotate_tensor(weight, spec, columns[:, kept], norm_weight)

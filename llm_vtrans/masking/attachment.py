@@ -200,7 +200,7 @@ class MaskedModel(nn.Module):
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             if self._gates is None:
                 return None
-            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec.place, layer)
+            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec, layer)
             if matrix is not None:
                 matrix = matrix if scale is None else matrix * scale
                 return map_read(output, matrix, self._gates.get(KEPT_HIDDEN))
@@ -210,7 +210,7 @@ class MaskedModel(nn.Module):
 
     def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._gates is None or (matrix := self.tuning.map(spec.place, layer)) is None:
+            if self._gates is None or (matrix := self.tuning.map(spec, layer)) is None:
                 return None
             return (map_read(args[0], matrix, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
@@ -227,7 +227,7 @@ class MaskedModel(nn.Module):
             if part is not None and "layers" in gates:
                 gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
-            matrix = self.tuning.map(spec.place, layer)
+            matrix = self.tuning.map(spec, layer)
             if matrix is not None:
                 matrix = matrix if factor is None else factor[:, None] * matrix
                 output = map_written(output, matrix, gates.get(KEPT_HIDDEN))
@@ -255,7 +255,7 @@ class MaskedModel(nn.Module):
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             output = output if factor is None else apply_gate(output, factor)
             if not is_stream:
-                matrix = self.tuning.map(spec.place, layer)
+                matrix = self.tuning.map(spec, layer)
                 kept = gates.get(KEPT_HIDDEN)
                 return output if matrix is None else map_read(output, matrix, kept)
             if part is not None and PRESENT_LAYERS in gates:

@@ -4,8 +4,8 @@ Hidden pruning keeps a subspace of the residual stream. PCA picks the one of lar
 variance; the network's output may need another, and what writes to the stream may
 project onto it along other directions than it is read. So square matrices are trained:
 SliceGPT's change of basis (arXiv:2401.15024, section 3), oblique and learned. One serves what
-embeddings write, one what the head reads, and layers share theirs in groups of neighbours, as
-many as memory allows. Beside them every place where a gate multiplies has factors
+embeddings write, one what the head reads, and sub-layers share theirs in groups of neighbours,
+as many as memory allows. Beside them every place where a gate multiplies has factors
 of its own, as (IA)^3 has (arXiv:2205.05638).
 The weights stay frozen, and nothing is left over at run time.
 """
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.basis.rotation import Basis
-from llm_vtrans.families.base import Architecture, Axis, Place, Stream, TensorSpec
+from llm_vtrans.families.base import Architecture, Axis, Place, Stream, Sublayer, TensorSpec
 
 INPUT, OUTPUT = "in", "out"
 INSIDE = (Place.WRITE, Place.READ)
 MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
-MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a map for every layer
+MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a pair for every sub-layer
 MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
 SCALE_LEARNING_RATE = 0.015  # times that distance
 
@@ -40,7 +40,7 @@ class Tuning(nn.Module):
     """Maps of the residual stream and factors at every gate, float32, at first the identity.
 
     With a kept set `K` of hidden dimensions, what writes becomes `(map @ W)[K]` and what reads
-    `W @ map[:, K]`. Layers always have maps; embeddings and head only where the stream was
+    `W @ map[:, K]`. Sub-layers always have maps; embeddings and head only where the stream was
     rotated: else they may be one table, or a norm stands between.
 
     They act where gates are set and `is_on` is.
@@ -55,12 +55,12 @@ class Tuning(nn.Module):
         super().__init__()
         size = architecture.num_units[Axis.HIDDEN]
         places = () if is_empty else tuple(Place) if is_rotated else INSIDE
-        self._layers_per_map = layers_per_map(architecture)
+        self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
-                self.map_name(place, layer): nn.Parameter(torch.eye(size))
-                for place in places
-                for layer in (range(architecture.num_layers) if place in INSIDE else [None])
+                self.map_name(spec, layer): nn.Parameter(torch.eye(size))
+                for spec, layer in architecture.named_tensors().values()
+                if spec.place in places
             }
         )
         self.scales = nn.ParameterDict()
@@ -80,13 +80,16 @@ class Tuning(nn.Module):
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
         return self.scales.get(scale_name(module, side)) if self.is_on else None
 
-    def map_name(self, place: Place, layer: int | None) -> str:
-        """Key of the map in a place, whether there is one or not."""
-        return place.value if layer is None else f"{place.value}{layer // self._layers_per_map}"
+    def map_name(self, spec: TensorSpec, layer: int | None) -> str:
+        """Key of the map where a tensor meets the stream, whether there is one or not."""
+        if spec.sublayer is None or layer is None:
+            return spec.place.value
+        depth = layer * len(Sublayer) + list(Sublayer).index(spec.sublayer)
+        return f"{spec.place.value}{depth // self._sublayers_per_map}"
 
-    def map(self, place: Place, layer: int | None) -> Tensor | None:
-        """Map of what is written or read in a place, `(hidden_size, hidden_size)`."""
-        return self.maps.get(self.map_name(place, layer)) if self.is_on else None
+    def map(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
+        """Map of what is written or read where a tensor is, `(hidden_size, hidden_size)`."""
+        return self.maps.get(self.map_name(spec, layer)) if self.is_on else None
 
     @torch.no_grad()
     def start(self, maps: Mapping[Place, Tensor] | None) -> None:
@@ -112,7 +115,7 @@ class Tuning(nn.Module):
         if not self.maps:
             return None if rotation is None else Basis.rotation(rotation)
 
-        @lru_cache(maxsize=len(Place))  # tensors are asked for layer by layer
+        @lru_cache(maxsize=len(Place))  # tensors are asked for one after the other
         def directions(name: str) -> Tensor | None:
             if name not in self.maps:
                 return None
@@ -121,7 +124,7 @@ class Tuning(nn.Module):
             return columns if rotation is None else rotation.cpu() @ columns
 
         return Basis(
-            lambda place, layer: directions(self.map_name(place, layer)), rotation is not None
+            lambda spec, layer: directions(self.map_name(spec, layer)), rotation is not None
         )
 
     def factors(self) -> dict[str, Tensor]:
@@ -148,15 +151,19 @@ class Tuning(nn.Module):
 
 def num_maps(architecture: Architecture) -> int:
     """Maps of a network whose stream was rotated."""
-    return 2 + 2 * -(-architecture.num_layers // layers_per_map(architecture))
+    return 2 + 2 * -(-_num_sublayers(architecture) // sublayers_per_map(architecture))
 
 
-def layers_per_map(architecture: Architecture) -> int:
-    """Neighbouring layers that share a map of what they write and one of what they read."""
+def sublayers_per_map(architecture: Architecture) -> int:
+    """Neighbouring sub-layers that share a map of what they write and one of what they read."""
     numbers = max(MAP_NUMBERS, MAP_SHARE * architecture.num_parameters)
     num = numbers / architecture.num_units[Axis.HIDDEN] ** 2
     num_groups = max(1, int(num - 2) // 2)  # beside embeddings and head
-    return -(-architecture.num_layers // num_groups)
+    return -(-_num_sublayers(architecture) // num_groups)
+
+
+def _num_sublayers(architecture: Architecture) -> int:
+    return len(Sublayer) * architecture.num_layers
 
 
 def _writes(name: str) -> bool:

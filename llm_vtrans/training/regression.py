@@ -132,7 +132,7 @@ def _places(masked: MaskedModel, gates: Gates) -> dict[str, str]:
     for name, (spec, layer) in architecture.named_tensors().items():
         path, _, leaf = name.rpartition(".")
         if spec.stream is stream and leaf == "weight" and not is_gone(spec, layer):
-            map_name = tuning.map_name(spec.place, layer)
+            map_name = tuning.map_name(spec, layer)
             if map_name in tuning.maps:
                 found[path] = map_name
     return found

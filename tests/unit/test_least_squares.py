@@ -14,7 +14,6 @@ from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
-from llm_vtrans.families.base import Place
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.recovery.methods import recovery_for
@@ -133,9 +132,8 @@ def test_first_matrix_error_falls(tmp_path: Path, name: str, basis: bool, hidden
         return seen[0]
 
     target = attention(dense)
-    target = (
-        target @ pruning.basis.at(Place.WRITE, None)[:, :hidden] if basis else target[..., :hidden]
-    )
+    writer = pruning.architecture.row("model.layers.{}.self_attn.o_proj.weight")
+    target = target @ pruning.basis.at(writer, 0)[:, :hidden] if basis else target[..., :hidden]
     target = target * (hidden / 24) ** 0.5
     before = (attention(pruned) - target).square().sum()
     with torch.no_grad():

@@ -118,12 +118,12 @@ def test_steps_are_as_long_as_the_way(loss: float, distance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "numbers", "num"), [(0.0, 0, 4), (10.0, 0, 2 + 2 * 3), (0.0, 2**26, 2 + 2 * 3)]
+    ("share", "numbers", "num"), [(0.0, 0, 4), (10.0, 0, 2 + 2 * 6), (0.0, 2**26, 2 + 2 * 6)]
 )
-def test_layers_share_maps_as_far_as_they_must(
+def test_sublayers_share_maps_as_far_as_they_must(
     monkeypatch: pytest.MonkeyPatch, share: float, numbers: int, num: int
 ) -> None:
-    """At least one pair for all layers, at most one for each; embeddings and head have theirs."""
+    """One pair for all sub-layers at least, one each at most; embeddings and head have theirs."""
     monkeypatch.setattr("llm_vtrans.masking.tuning.MAP_SHARE", share)
     monkeypatch.setattr("llm_vtrans.masking.tuning.MAP_NUMBERS", numbers)
     assert CONFIGS["llama"].num_hidden_layers == 3

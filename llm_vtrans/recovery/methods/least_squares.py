@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
-from llm_vtrans.families.base import Axis, Place, Stream, TensorSpec
+from llm_vtrans.families.base import Axis, Stream, TensorSpec
 from llm_vtrans.masking.hooks import removed_after
 from llm_vtrans.recovery.training import RecoveryRun
 from llm_vtrans.tasks.encoding import Examples
@@ -174,13 +174,14 @@ def recover(
     positions = {layer: i for i, layer in enumerate(pruning.plan.shape.kept_layers)}
     for index in range(len(dense_layers)):
         writers = list(_writers(dense, pruned, pruning, index))
-        project = stream_map(pruning, index, device)
+        maps = [stream_map(pruning, writer.spec, index, device) for writer in writers]
         targets: list[list[Tensor]] = []
         for number, stream in enumerate(dense_stream):
             with ExitStack() as stack:
                 seen = [stack.enter_context(_observed(writer.dense)) for writer in writers]
                 dense_stream[number] = dense_layers.run(index, stream)
-            targets.append([project(calls[0][1]).flatten(0, -2) for calls in seen])
+            written = zip(maps, seen, strict=True)
+            targets.append([to_kept(calls[0][1]).flatten(0, -2) for to_kept, calls in written])
         if index not in positions:
             continue
         layer = positions[index]
@@ -194,12 +195,14 @@ def recover(
     return pruned
 
 
-def stream_map(pruning: Pruning, layer: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Maps what a dense layer writes `(..., d)` to what the exported one should `(..., d')`."""
+def stream_map(
+    pruning: Pruning, spec: TensorSpec, layer: int, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Maps what a dense matrix writes `(..., d)` to what the exported one should `(..., d')`."""
     kept = pruning.kept(Axis.HIDDEN, None)
     gate = pruning.plan.gate[Axis.HIDDEN]
     factor = (gate[kept] * (len(kept) / len(gate)) ** 0.5).to(device)
-    columns = None if pruning.basis is None else pruning.basis.at(Place.WRITE, layer)
+    columns = None if pruning.basis is None else pruning.basis.at(spec, layer)
     if columns is None:
         return lambda y: y[..., kept.to(device)] * factor
     columns = columns[:, kept].to(device) * factor
