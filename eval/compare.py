@@ -83,12 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", default=["all"], help=f"{NAMED}, or of {', '.join(methods)}")
     add("--seeds", nargs="+", type=int, default=[0], help="of calibration, draws and training")
     add("--layout", choices=("stock", "per-layer", "both"), default="stock", help="shape of layers")
-    add(
-        "--recover",
-        nargs="+",
-        default=[NO_RECOVERY],
-        help="none, or as prune's --recover",
-    )
+    add("--recover", nargs="+", default=[NO_RECOVERY], help="none, or as prune's --recover")
     add("--samples", type=positive, default=2400, help="calibration windows (default: 2400)")
     add("--context-length", type=positive, default=256, help="tokens in a window, of both kinds")
     add("--limit", type=positive, help="windows per text, documents per task; for trials only")

@@ -11,20 +11,14 @@ from llm_vtrans.commands.command import USER_ERROR, run_command
 # Imported when called: a subcommand needs only its own libraries.
 COMMANDS = {
     "prune": ("prune:prune", "train masks under a budget and write the pruned checkpoint"),
-    "plan": (
-        "commands.plan:plan",
-        "what a run would take, from the config alone",
-    ),
+    "plan": ("commands.plan:plan", "what a run would take, from the config alone"),
     "export": ("commands.export:export", "write another size from a run's masks, without training"),
     "score": ("score:run", "perplexity and harness tasks, beside a dense baseline"),
     "report": ("report.command:report", "write the HTML report of a run, or several side by side"),
     "probe": ("probe.command:probe", "what the dense model's heads look at, kept against pruned"),
     "convert": ("convert.command:convert", "write a checkpoint for another runtime (gguf)"),
     "verify": ("commands.verify:verify", "check that a checkpoint holds what its manifest states"),
-    "publish": (
-        "commands.publish:publish",
-        "upload a verified checkpoint with its card",
-    ),
+    "publish": ("commands.publish:publish", "upload a verified checkpoint with its card"),
 }
 
 

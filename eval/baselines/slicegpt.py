@@ -122,17 +122,11 @@ def scales(spec: TensorSpec) -> bool:
     return spec.stream is Stream.SCALES
 
 
-def block_index(spec: TensorSpec, layer: int | None) -> int:
-    """Position of a tensor's block in the order of execution."""
-    assert layer is not None and spec.sublayer is not None
-    return 2 * layer + list(Sublayer).index(spec.sublayer)
-
-
 def basis_index(spec: TensorSpec, layer: int | None, num_layers: int) -> int:
     """Which basis a tensor lives in: readers in their block's, writers in the next block's."""
     if layer is None:
         return 0 if spec.stream is Stream.WRITES else 2 * num_layers
-    return block_index(spec, layer) + (spec.stream is Stream.WRITES)
+    return spec.depth(layer) + (spec.stream is Stream.WRITES)
 
 
 @torch.no_grad()
@@ -149,7 +143,7 @@ def sliced_model(case: Case, pruning: Pruning, bases: list[Tensor]) -> PreTraine
     norms = norm_names(architecture)
     for written, (_, spec, layer) in pruning.tensors().items():
         if spec.stream is Stream.WRITES and layer is not None and len(spec.dims) == 2:
-            index = block_index(spec, layer)
+            index = spec.depth(layer)
             residual = (bases[index].T @ bases[index + 1])[:size, :size]
             add_residual(model, norms[index], written, residual.to(case.device))
     return model.eval()

@@ -37,7 +37,6 @@ from llm_vtrans.families.base import (
     Family,
     Norm,
     Stream,
-    Sublayer,
     TensorSpec,
 )
 from llm_vtrans.loading.checkpoint import Checkpoint
@@ -201,7 +200,7 @@ class Pruning:
             width = self.architecture.num_units[Axis.HIDDEN]
             factor = factor * sqrt(width / self.plan.shape.hidden)
         if spec.sublayer is not None:
-            factor = factor * gate["layers"][layer, list(Sublayer).index(spec.sublayer)]
+            factor = factor * gate["layers"][layer, spec.sublayer.order]
         return factor
 
     def _unit_factor(self, dim: Dim, spec: TensorSpec, layer: int | None) -> Tensor:

@@ -48,6 +48,11 @@ class Sublayer(StrEnum):
     ATTENTION = "attention"
     FFN = "ffn"
 
+    @property
+    def order(self) -> int:
+        """Its place in a layer, from 0."""
+        return list(Sublayer).index(self)
+
 
 UNIT_AXIS = {Sublayer.ATTENTION: Axis.HEADS, Sublayer.FFN: Axis.FFN}
 UNIT_AXES = (Axis.HIDDEN, *UNIT_AXIS.values())  # those of which a plan keeps some units
@@ -140,6 +145,11 @@ class TensorSpec:
         if self.sublayer is None:
             return Place.START if self.is_write else Place.END
         return Place.WRITE if self.is_write else Place.READ
+
+    def depth(self, layer: int) -> int:
+        """Sub-layers in front of the one that it goes with, from the network's first on."""
+        assert self.sublayer is not None
+        return layer * len(Sublayer) + self.sublayer.order
 
     def dim_of(self, axis: Axis) -> int | None:
         """Index of the first dimension that belongs to `axis`, or None."""

@@ -26,7 +26,6 @@ from llm_vtrans.families.base import (
     Norm,
     Role,
     Stream,
-    Sublayer,
     TensorSpec,
     head_of,
 )
@@ -217,7 +216,7 @@ class MaskedModel(nn.Module):
         return hook
 
     def _gate_output(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
-        part = _index(spec.sublayer)
+        part = None if spec.sublayer is None else spec.sublayer.order
 
         def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
             gates = self._gates
@@ -241,7 +240,7 @@ class MaskedModel(nn.Module):
 
     def _normalise(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         """LayerNorm over present dimensions; a post-norm is gated and goes with its sub-layer."""
-        part = _index(spec.sublayer)
+        part = None if spec.sublayer is None else spec.sublayer.order
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             gates = self._gates
@@ -315,10 +314,6 @@ def _named(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
-
-
-def _index(sublayer: Sublayer | None) -> int | None:
-    return None if sublayer is None else list(Sublayer).index(sublayer)
 
 
 def presence(keep: Gates, num_layers: int) -> dict[str, Tensor]:

@@ -84,8 +84,7 @@ class Tuning(nn.Module):
         """Key of the map where a tensor meets the stream, whether there is one or not."""
         if spec.sublayer is None or layer is None:
             return spec.place.value
-        depth = layer * len(Sublayer) + list(Sublayer).index(spec.sublayer)
-        return f"{spec.place.value}{depth // self._sublayers_per_map}"
+        return f"{spec.place.value}{spec.depth(layer) // self._sublayers_per_map}"
 
     def map(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
         """Map of what is written or read where a tensor is, `(hidden_size, hidden_size)`."""

@@ -45,7 +45,7 @@ class Measurements:
         self.latency: dict[str, dict[str, float]] = {}
 
     def score(self, name: str, model: Any) -> None:
-        """Takes all scores, in the order of a run: collective, where ranks share a network."""
+        """Takes all scores; called on every rank that holds a part of the network."""
         self.scores[name] = self._task.evaluate(model, self._batch_size)
         self.headline[name] = self.scores[name][self._task.headline]
 

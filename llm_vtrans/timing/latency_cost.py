@@ -68,7 +68,7 @@ class LatencyCost(Cost):
 
     def part(self, sublayer: Sublayer, hidden: Any, units: Any, head_dim: Any = None) -> Any:
         """As `Cost.part`, in nanoseconds; a head takes time by its dimensions."""
-        index = list(Sublayer).index(sublayer)
+        index = sublayer.order
         if sublayer is Sublayer.ATTENTION and head_dim is not None and self.head_dim is not None:
             units = units * head_dim / self.head_dim
         base = self._at([times.bases[index] for times in self.times], hidden)

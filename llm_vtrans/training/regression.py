@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.distributed.ranks import agreed
-from llm_vtrans.families.base import Stream, Sublayer, TensorSpec
+from llm_vtrans.families.base import Stream, TensorSpec
 from llm_vtrans.masking.attachment import (
     KEPT_HIDDEN,
     PRESENT_HIDDEN,
@@ -121,12 +121,12 @@ def _places(masked: MaskedModel, gates: Gates) -> dict[str, str]:
     """
     architecture, tuning = masked.architecture, masked.tuning
     stream = Stream.READS if architecture.is_post_norm else Stream.SCALES
-    present, parts = gates.get(PRESENT_LAYERS), list(Sublayer)
+    present = gates.get(PRESENT_LAYERS)
 
     def is_gone(spec: TensorSpec, layer: int | None) -> bool:
         if present is None or spec.sublayer is None:
             return False
-        return not present[layer, parts.index(spec.sublayer)]
+        return not present[layer, spec.sublayer.order]
 
     found = {}
     for name, (spec, layer) in architecture.named_tensors().items():
