@@ -31,7 +31,7 @@ from eval.baselines.network import Importances, Network
 from eval.baselines.random_units import importance as random_units
 from eval.baselines.ranking import uniform_ranks
 from eval.baselines.selection import hidden_sizes
-from llm_vtrans.allocation.allocate import allocate_scores
+from llm_vtrans.allocation.allocate import Allocator
 from llm_vtrans.arguments import VARIANTS, PruneArguments
 from llm_vtrans.budget.problem import TOLERANCE
 from llm_vtrans.commands.command import Parser, run_command
@@ -111,11 +111,11 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
     chosen = importance(network, job.args.seed)
     (scores,) = uniform_ranks({name: chosen[name] for name in job.args.structures()
                                if name in chosen}, job.architecture.num_layers)  # fmt: skip
-    plans = [allocate_scores(scores, {}, job.problem)]
+    allocator = Allocator(scores, {}, job.problem)
+    plans = [allocator.plan()]
     for size in hidden_sizes(job.problem, frozenset(scores)) if Axis.HIDDEN in scores else ():
         with suppress(UserError):  # no number of heads may fit this size
-            fixed = replace(job.problem, fixed={Axis.HIDDEN: size})
-            plans.append(allocate_scores(scores, {}, fixed))
+            plans.append(allocator.plan(fixed={Axis.HIDDEN: size}))
     used = [job.problem.used(plan.shape) for plan in plans]
     full = [plan for plan, share in zip(plans, used, strict=True) if share >= max(used) - TOLERANCE]
     job.plan = replace(min(full, key=job.chooser().loss), basis=job.head_basis)

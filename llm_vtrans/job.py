@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -27,7 +26,7 @@ from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
 from llm_vtrans.loading.model import Weights, fill_model, load_model
 from llm_vtrans.loading.quantised import FULL
-from llm_vtrans.masking.attachment import Gates, MaskedModel, logits_of
+from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.preparation.prepared import Prepared
@@ -40,7 +39,6 @@ from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, train
-from llm_vtrans.training.regression import fit_readers
 from llm_vtrans.training.run_state import (
     STATE_FILE,
     STATE_FOLDER,
@@ -52,7 +50,7 @@ from llm_vtrans.training.run_state import (
 from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training.shrinking import Shrinker
 from llm_vtrans.training.trained_weights import train_weights
-from llm_vtrans.training.tune import Rehearsal, TuneObjective
+from llm_vtrans.training.tune import TuneObjective
 
 SCORE, UNTUNED = "score.", "untuned"  # a prefix of tensors on disk, and one of them
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
@@ -94,6 +92,11 @@ class Job(Prepared):
             self.data, self.accelerator, self.args.batch_size,
             self.dtype if is_whole else None, self.stopwatch,
         )  # fmt: skip
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether tuning begins in closed form: weights that are trained need none."""
+        return self.settings.tune_steps > 0 and not self.args.trains_weights
 
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""
@@ -243,31 +246,17 @@ class Job(Prepared):
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 measure(chooser.choose(other), "other_layout")
-            rehearse = self._rehearse if self.settings.tune_steps else None
-            choose = partial(chooser.choose, rehearse=rehearse)
             if self.stopwatch is None:
-                self.plan = choose(self.problem)
+                self.plan = chooser.choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, partial(allocate, self.masks), choose, self._nanoseconds
+                    self.problem, partial(allocate, self.masks), chooser.choose, self._nanoseconds
                 )
                 if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
                     self.reporter.say(f"the network found takes {used:.2f} of the budget")
             self.untuned = chooser.loss(self.plan)
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
-
-    def _rehearse(self, plan: PrunePlan, loss: float) -> None:
-        """Tunes for a plan, which has this loss, shortly, as `tune` would."""
-        gates = hard_gates(plan, self.accelerator.device)
-        sparsity = self.problem.sparsity(plan.shape)
-        objective = Rehearsal(self.distillation, gates, loss, sparsity, self.settings)
-        start, ignore = objective.stage.start, lambda _: None
-        self._advance(objective, objective.optimizer(), start, ignore, ignore)
-        objective.zero_grad()  # of weights that did not move
-        self.masked.set_gates(gates)
-        num_layers = int(plan.present.any(1).sum())
-        self.reporter.say(f"tried {plan.shape.hidden} hidden dimensions, {num_layers} layers")
 
     def _nanoseconds(self, shape: Shape) -> float:
         """What a network of this shape takes in the run's layout, where time is a budget."""
@@ -305,8 +294,9 @@ class Job(Prepared):
         sparsity = self.problem.sparsity(self.plan.shape)
         gates = hard_gates(self.plan, self.accelerator.device)
         with self.reporter.phase("tune"):
-            if self.saved is None:
-                self.untuned = self.fit(gates)
+            if self.saved is None and self.is_fitted:
+                batches = self._first_batches(ROTATION_WINDOWS)
+                self.untuned = self.chooser().fitted(self.plan, batches)
             objective = TuneObjective(
                 self.distillation, gates, self.untuned, sparsity, self.settings
             )
@@ -314,18 +304,6 @@ class Job(Prepared):
             self.masked.set_gates(gates)
             self.measured.stage("tuned", self.masked.model)
             self.masked.set_gates(None)
-
-    def fit(self, gates: Gates) -> float:
-        """Sets in closed form what can be, and tells what the network loses then, in nats.
-
-        Weights that are trained are the dense network's no more, so they are left alone.
-        """
-        if self.args.trains_weights:
-            return self.untuned
-        chooser, batches = self.chooser(), self._first_batches(ROTATION_WINDOWS)
-        chooser.use(self.plan)
-        self.tuning.is_on = True  # with the identity, where a plan has no maps
-        return fit_readers(self.masked, gates, batches, chooser.measured)
 
     def rotation_record(self) -> dict[str, Tensor]:
         """The rotation by its name on disk, if there is one."""
@@ -347,17 +325,6 @@ class Job(Prepared):
                 extra = {**record, **objective.record()}
                 save_state(self.output.path, step, objective, optimizer, extra, self.fingerprint)
 
-        self._advance(objective, optimizer, first_step, self.report, save)
-
-    def _advance(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        first_step: int,
-        report: Callable[[Progress], None],
-        save: Callable[[int], None],
-    ) -> None:
-        """Runs a stage to its end, or until a signal asks the run to go."""
         with self.preemption.deferred(self.accelerator):
             train(
                 objective,
@@ -366,7 +333,7 @@ class Job(Prepared):
                 self.accelerator,
                 self.settings,
                 first_step,
-                report,
+                self.report,
                 save,
                 self.preemption,
             )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from eval.baselines.interface import Case, Pruned, round_weights
 from eval.baselines.network import Importances, Network, check_rotates
 from eval.baselines.ranking import uniform_ranks
-from llm_vtrans.allocation.allocate import PrunePlan, allocate_scores
+from llm_vtrans.allocation.allocate import Allocator, PrunePlan
 from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
@@ -101,9 +101,10 @@ class Selection:
         importances = self.importance(network, case.seed)
         chosen = {name: importances[name] for name in self.structures}
         plans = [
-            allocate_scores(scores, {}, part)
+            allocator.plan(fixed=fixed)
             for scores in self.scores(chosen, network.architecture.num_layers)
-            for part in self._problems(problem)
+            for allocator in [Allocator(scores, {}, problem)]
+            for fixed in self._fixed(problem)
         ]
         if len(plans) == 1:
             return plans[0]
@@ -112,12 +113,12 @@ class Selection:
         masked.set_gates(None)
         return plans[losses.index(min(losses))]
 
-    def _problems(self, problem: Problem) -> Iterator[Problem]:
+    def _fixed(self, problem: Problem) -> Iterator[dict[Axis, int]]:
         if self.is_uniform or Axis.HIDDEN.value not in self.structures:
-            yield problem
+            yield {}
             return
         for size in hidden_sizes(problem, frozenset(self.structures)):
-            yield replace(problem, fixed={Axis.HIDDEN: size})
+            yield {Axis.HIDDEN: size}
 
 
 def hidden_sizes(problem: Problem, pruned: frozenset[str]) -> list[int]:

@@ -6,7 +6,6 @@ lacks them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,9 +44,7 @@ class Labels(Distillation):
 class NoFitJob(Job):
     """Tuning starts from the maps of the plan."""
 
-    def fit(self, gates: Gates) -> float:
-        """Nothing."""
-        return self.untuned
+    is_fitted = False
 
 
 class LabelJob(NoFitJob):
@@ -73,9 +70,7 @@ class BinaryJob(Job):
 class _OwnPlan(Chooser):
     """Takes the plan that the masks propose."""
 
-    def choose(
-        self, problem: Problem, rehearse: Callable[[PrunePlan, float], None] | None = None
-    ) -> PrunePlan:
+    def choose(self, problem: Problem) -> PrunePlan:
         return replace(allocate(self._masks, problem), basis=self._head_basis)
 
 

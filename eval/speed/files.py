@@ -13,14 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from eval.baselines.network import zeros
 from eval.speed.shapes import SHARD_SIZE, problem_of, proportional_shape
-from llm_vtrans.allocation.allocate import allocate_scores
+from llm_vtrans.allocation.allocate import Allocator
 from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
@@ -66,7 +65,7 @@ def export(folder: Path, out: Path, is_rotated: bool = False) -> None:
         for name, empty in zeros(architecture, *UNIT_AXES).items()
     }
     fixed = dict(zip(UNIT_AXES, counts, strict=True))
-    plan = allocate_scores(scores, {}, replace(problem, fixed=fixed))
+    plan = Allocator(scores, {}, problem).plan(fixed=fixed)
     size = architecture.num_units[Axis.HIDDEN]
     rotation = torch.linalg.qr(torch.randn(size, size))[0]
     basis = Basis.rotation(rotation) if is_rotated else None

@@ -9,7 +9,7 @@ feasible one with the largest summed benefit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def allocate(masks: VIBMasks, problem: Problem) -> PrunePlan:
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
     """
-    return allocate_scores(*scores_and_gates(masks), problem)
+    return Allocator(*scores_and_gates(masks), problem).plan()
 
 
 @torch.no_grad()
@@ -102,40 +102,83 @@ def scores_and_gates(masks: VIBMasks) -> tuple[dict[str, Tensor], dict[str, Tens
     return scores, {name: masks.mu[name].detach().float().cpu() for name in masks.names()}
 
 
-def allocate_scores(
-    scores: Mapping[str, Tensor], gate: Mapping[str, Tensor], problem: Problem
-) -> PrunePlan:
-    """The same for any scores in [0, 1], such as those of one-shot baselines.
+class Allocator:
+    """Makes plans from scores, which are sorted once for all of them.
 
     Args:
-        scores: of the units of each pruned structure, float64; a sub-layer goes when its score
-            in `layers` is at most one half.
+        scores: in [0, 1], of the units of each pruned structure, float64; a sub-layer goes when
+            its score in `layers` is at most one half.
         gate: factors that stay on the kept units; structures without one have ones.
         problem: model, budget, rounding and layout.
-
-    Raises:
-        UserError: even the smallest allowed model exceeds the budget.
     """
-    architecture = problem.architecture
-    pruned = frozenset(scores)
-    full = complete(scores, architecture)
-    present = _present(scores, architecture)
-    while _are_gone(present, scores) and _fits_whole(present, problem):
-        present = _restore_one(present, scores)
-    benefits = _benefits(full, problem)
-    choose = choose_uniform if problem.is_uniform else choose_free
-    while (shape := choose(Ranking(full, benefits, present, pruned), problem)) is None:
-        present = _drop_one(present, scores, problem)
-    if problem.round_to == 1:  # else rounding says what is left
-        fuller = present  # fewer layers, each nearly whole, may leave more than is promised
-        while problem.used(shape) < 1 - TOLERANCE and _are_gone(fuller, scores):
-            fuller = _restore_one(fuller, scores)
-            other = choose(Ranking(full, benefits, fuller, pruned), problem)
-            if other is not None and problem.used(other) >= 1 - TOLERANCE:
-                shape = other
-    gates = complete(gate or {"layers": torch.ones(1, 1)}, architecture)
-    gates = {name: gate.contiguous() for name, gate in gates.items()}
-    return PrunePlan(_keep_best(full, shape), gates, shape.head_dim)
+
+    def __init__(self, scores: Mapping[str, Tensor], gate: Mapping[str, Tensor], problem: Problem):
+        self._scores, self._problem = scores, problem
+        full = complete(scores, problem.architecture)
+        multiples = {axis.value: problem.multiple(axis) for axis in UNIT_AXIS.values()}
+        pruned = frozenset(scores)
+        self._ranking = Ranking(full, _benefits(full, problem), pruned, multiples)
+        gates = complete(gate or {"layers": torch.ones(1, 1)}, problem.architecture)
+        self._gate = {name: gate.contiguous() for name, gate in gates.items()}
+
+    def plan(
+        self, kept: Tensor | None = None, fixed: Mapping[Axis, int] | None = None
+    ) -> PrunePlan:
+        """The plan of largest benefit.
+
+        Args:
+            kept: the sub-layers that stay, `(L, 2)` bool; None for as many of those that the
+                scores keep as use the budget best.
+            fixed: numbers of units, where they are not free; by default the problem's.
+
+        Raises:
+            UserError: no allowed model meets the budget.
+        """
+        problem = self._problem if fixed is None else replace(self._problem, fixed=fixed)
+        shape = self._of_scores(problem) if kept is None else self._choose(kept, problem)
+        if shape is None:
+            raise _unreachable(problem)
+        return PrunePlan(self._keep_best(shape), self._gate, shape.head_dim)
+
+    def _choose(self, present: Tensor, problem: Problem) -> Shape | None:
+        choose = choose_uniform if problem.is_uniform else choose_free
+        return choose(self._ranking, present, problem)
+
+    def _of_scores(self, problem: Problem) -> Shape:
+        """With the sub-layers that the scores keep, and those that it takes to use the budget."""
+        scores = self._scores
+        present = _present(scores, problem.architecture)
+        while _are_gone(present, scores) and _fits_whole(present, problem):
+            present = _restore_one(present, scores)
+        while (shape := self._choose(present, problem)) is None:
+            present = _drop_one(present, scores, problem)
+        if problem.round_to == 1:  # else rounding says what is left
+            fuller = present  # fewer layers, each nearly whole, may leave more than is promised
+            while problem.used(shape) < 1 - TOLERANCE and _are_gone(fuller, scores):
+                fuller = _restore_one(fuller, scores)
+                other = self._choose(fuller, problem)
+                if other is not None and problem.used(other) >= 1 - TOLERANCE:
+                    shape = other
+        return shape
+
+    def _keep_best(self, shape: Shape) -> dict[str, Tensor]:
+        """The highest-scored units of each structure, as many as the shape says."""
+        counts = {Axis.HIDDEN: [shape.hidden], Axis.HEADS: shape.heads, Axis.FFN: shape.ffn}
+        keep = {}
+        for axis, numbers in counts.items():
+            order = self._ranking.order[axis]
+            is_best = torch.arange(order.shape[-1]) < torch.tensor(numbers)[:, None]
+            keep[axis.value] = torch.zeros_like(order, dtype=torch.bool).scatter_(
+                -1, order, is_best.view_as(order)
+            )
+        return keep
+
+
+def _unreachable(problem: Problem) -> UserError:
+    return UserError(
+        f"budget of {problem.budget.text(problem.budget.target)} is unreachable for these "
+        "masks: lower --sparsity or train with more structures in --prune"
+    )
 
 
 def _are_gone(present: Tensor, scores: Mapping[str, Tensor]) -> bool:
@@ -180,10 +223,7 @@ def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -
     """Removes the sub-layer of lowest score: the budget cannot hold one unit of each."""
     if "layers" not in scores or int(present[1:].sum()) == 0:
         check_reachable(problem, frozenset(scores))
-        raise UserError(
-            f"budget of {problem.budget.text(problem.budget.target)} is unreachable for these "
-            "masks: lower --sparsity or train with more structures in --prune"
-        )
+        raise _unreachable(problem)
     left = scores["layers"].expand(present.shape).masked_fill(~present, torch.inf).clone()
     left[0] = torch.inf
     layer, part = divmod(int(left.argmin()), 2)
@@ -204,22 +244,3 @@ def _benefits(scores: Mapping[str, Tensor], problem: Problem) -> dict[str, Tenso
         allow_unused=True, materialize_grads=True,  # a time may not depend on all structures
     )  # fmt: skip
     return {n: g * scores[n] for n, g in zip(variables, gradients, strict=True)}
-
-
-def _keep_best(scores: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """The highest-scored units of each structure, as many as the shape says."""
-
-    def top(values: Tensor, count: int) -> Tensor:
-        keep = torch.zeros_like(values, dtype=torch.bool)
-        keep[values.argsort(descending=True, stable=True)[:count]] = True
-        return keep
-
-    return {
-        Axis.HIDDEN.value: top(scores[Axis.HIDDEN], shape.hidden),
-        Axis.HEADS.value: torch.stack(
-            [top(row, n) for row, n in zip(scores[Axis.HEADS], shape.heads, strict=True)]
-        ),
-        Axis.FFN.value: torch.stack(
-            [top(row, n) for row, n in zip(scores[Axis.FFN], shape.ffn, strict=True)]
-        ),
-    }

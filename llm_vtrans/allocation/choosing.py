@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.allocation.candidates import shortlist
+from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.basis.head_basis import HeadBasis
 from llm_vtrans.basis.oblique import ObliqueBasis
 from llm_vtrans.budget.problem import Problem
@@ -18,8 +18,7 @@ from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
-
-NUM_REHEARSED = 4  # what a plan loses before tuning tells the best few, not which of them is best
+from llm_vtrans.training.regression import fit_readers
 
 
 class Chooser:
@@ -45,37 +44,33 @@ class Chooser:
         self._taught = [(batch, distillation.teach(batch)) for batch in batches]
         self._oblique, self._head_basis = oblique, head_basis
 
-    def choose(
-        self, problem: Problem, rehearse: Callable[[PrunePlan, float], None] | None = None
-    ) -> PrunePlan:
-        """The candidate of least loss.
-
-        Args:
-            problem: model, budget, rounding and layout.
-            rehearse: trains a network that is made what a plan makes of it, which has a certain
-                loss. The best few are compared by what they lose then: successive halving
-                (arXiv:1502.07943).
+    def choose(self, problem: Problem) -> PrunePlan:
+        """The plan of least loss.
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        num = 1 if rehearse is None else NUM_REHEARSED
-        found = shortlist(self._masks, problem, self.loss, self._oblique, num)
-        plans = [(replace(plan, basis=self._head_basis), loss) for plan, loss in found]
-        if rehearse is None or len(plans) == 1:
-            return plans[0][0]
-        losses = []
-        for plan, loss in plans:
-            self.use(plan)
-            rehearse(plan, loss)
-            losses.append(self.measured())
-        return plans[losses.index(min(losses))][0]
+        plan = search_plan(self._masks, problem, self.loss, self._oblique)
+        return replace(plan, basis=self._head_basis)
+
+    def fitted(self, plan: PrunePlan, batches: Sequence[Batch]) -> float:
+        """What a plan loses when the closed-form part of tuning is done, in nats.
+
+        The network is then as that leaves it, until gates or maps are set again.
+        """
+        self.use(plan)
+        masked = self._distillation.masked
+        masked.tuning.is_on = True  # with the identity, where a plan has no maps
+        return fit_readers(masked, self._gates(plan), batches, self.measured)
 
     def use(self, plan: PrunePlan) -> None:
         """Makes the network what a plan makes of it, until gates or maps are set again."""
         masked = self._distillation.masked
         masked.tuning.start(plan.maps)
-        masked.set_gates(hard_gates(plan, next(self._masks.parameters()).device))
+        masked.set_gates(self._gates(plan))
+
+    def _gates(self, plan: PrunePlan) -> dict[str, Tensor]:
+        return hard_gates(plan, next(self._masks.parameters()).device)
 
     def loss(self, plan: PrunePlan) -> float:
         """Distillation loss of the hard-masked network, a mean over the batches in nats."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,48 @@ from llm_vtrans.families.base import UNIT_AXIS, Axis, Shape, Sublayer
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the choice goes by.
+    """What a choice goes by, sorted once for all choices.
 
     Attributes:
         scores: of the units of every structure, float64; within a layer the best ones stay.
-        benefits: of the same units; their sum is maximised.
-        present: which sub-layers stay, `(L, 2)` bool.
+        benefits: of the same units, in the same order; their sum is maximised.
         pruned: structures of which units may go.
+        multiples: units in a rounding step of every structure.
     """
 
     scores: Mapping[str, Tensor]
     benefits: Mapping[str, Tensor]
-    present: Tensor
     pruned: frozenset[str]
+    multiples: Mapping[str, int]
+
+    @cached_property
+    def order(self) -> dict[str, Tensor]:
+        """Positions of the units, the best first, of the same shapes as scores."""
+        return {
+            n: torch.argsort(s, dim=-1, descending=True, stable=True)
+            for n, s in self.scores.items()
+        }
+
+    @cached_property
+    def gains(self) -> dict[str, Tensor]:
+        """Summed benefit of the best `n + 1` units at `n`, of the same shapes as scores."""
+        return {n: self.benefits[n].gather(-1, o).cumsum(-1) for n, o in self.order.items()}
+
+    @cached_property
+    def blocks(self) -> _Blocks:
+        """Of all sub-layers."""
+        return _blocks(self)
 
 
-def choose_uniform(ranking: Ranking, problem: Problem) -> Shape | None:
-    """One head count and one FFN count for every kept layer, by enumeration."""
-    kept = ranking.present.any(dim=1)
+def choose_uniform(ranking: Ranking, present: Tensor, problem: Problem) -> Shape | None:
+    """One head count and one FFN count for every kept layer, by enumeration.
+
+    Args:
+        ranking: of all units.
+        present: which sub-layers stay, `(L, 2)` bool.
+        problem: model, budget, rounding and layout.
+    """
+    kept = present.any(dim=1)
     num_kept = int(kept.sum())
     options = {
         axis: problem.counts(axis, axis in ranking.pruned)
@@ -39,35 +64,39 @@ def choose_uniform(ranking: Ranking, problem: Problem) -> Shape | None:
     }
 
     def gain(axis: Axis) -> Tensor:  # best n units of every kept layer, for each allowed n
-        ranked = ranking.benefits[axis][kept].sort(dim=1, descending=True).values.cumsum(1).sum(0)
-        return ranked[torch.tensor(options[axis]) - 1]
+        return ranking.gains[axis][kept].sum(0)[torch.tensor(options[axis]) - 1]
 
     hidden = torch.tensor(options[Axis.HIDDEN])
     ffn_options = torch.tensor(options[Axis.FFN])
-    hidden_gain, ffn_gain = _hidden_gain(ranking.benefits, options[Axis.HIDDEN]), gain(Axis.FFN)
-    found: list[tuple[float, float, Shape]] = []
+    hidden_gain, ffn_gain = ranking.gains[Axis.HIDDEN][hidden - 1], gain(Axis.FFN)
+    targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
+    columns: list[tuple[Tensor, ...]] = []  # unused share, gain, hidden, heads, FFN units, width
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
         head_dim, possible = problem.head_widths(hidden, heads)
         room, slope = _ffn_room(problem, hidden, heads, head_dim, num_kept)
         most = torch.div(room, slope, rounding_mode="floor").amin(0)
         index = torch.searchsorted(ffn_options, most, right=True) - 1
+        ffn = ffn_options[index.clamp(min=0)]
         total = hidden_gain + heads_gain * problem.retention(head_dim)
         total = total + ffn_gain[index.clamp(min=0)]
-        targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
-        unused = ((room - slope * ffn_options[index.clamp(min=0)]) / targets).amin(0)
-        for i in torch.nonzero(possible & (index >= 0)).flatten().tolist():
-            width = None if head_dim is None else int(head_dim[i])
-            ffn = int(ffn_options[index[i]])
-            shape = uniform_shape(int(hidden[i]), heads, ffn, kept, width)
-            found.append((float(unused[i]), float(total[i]), shape))
-    if not found:
+        unused = ((room - slope * ffn) / targets).amin(0)
+        width = torch.full_like(hidden, 0) if head_dim is None else head_dim
+        rows = (unused.double(), total, hidden, torch.full_like(hidden, heads), ffn, width)
+        columns.append(tuple(column[possible & (index >= 0)] for column in rows))
+    unused, total, *sizes = map(torch.cat, zip(*columns, strict=True))
+    if not len(total):
         return None
-    fitting = [entry for entry in found if entry[0] <= TOLERANCE]
-    if not fitting:  # rounding leaves no shape this close: the fullest near the best gain
-        best = max(entry[1] for entry in found)
-        fitting = [e for e in found if e[1] >= 0.98 * best] if problem.round_to > 1 else found
-        return min(fitting, key=lambda entry: entry[0])[2]
-    return max(fitting, key=lambda entry: entry[1])[2]
+    best = total
+    if not bool((unused <= TOLERANCE).any()):
+        # Rounding leaves no shape this close: the fullest near the best gain.
+        best = -unused
+        if problem.round_to > 1:
+            best = best.masked_fill(total < 0.98 * total.max(), -torch.inf)
+    else:
+        best = best.masked_fill(unused > TOLERANCE, -torch.inf)
+    first = int(torch.nonzero(best == best.max())[0])
+    size, num_heads, num_ffn, head_width = (int(column[first]) for column in sizes)
+    return uniform_shape(size, num_heads, num_ffn, kept, head_width or None)
 
 
 def _ffn_room(
@@ -97,26 +126,29 @@ class _Blocks:
     part: Tensor  # (num_blocks,) position of the sub-layer
     layer: Tensor  # (num_blocks,)
     size: Tensor  # (num_blocks,) units in the block
-    num_forced: int  # leading blocks that every plan contains
+
+    def of(self, present: Tensor) -> _Blocks:
+        """Those of these sub-layers, `(L, 2)` bool; the first of each comes before all others."""
+        stay = present[self.layer, self.part]
+        return _Blocks(*(c[stay] for c in (self.benefit, self.part, self.layer, self.size)))
 
 
-def _blocks(ranking: Ranking, problem: Problem) -> _Blocks:
+def _blocks(ranking: Ranking) -> _Blocks:
     columns: list[tuple[Tensor, ...]] = []  # order, benefit, sub-layer, layer, size
     for index, part in enumerate(Sublayer):
         axis = UNIT_AXIS[part]
-        units = problem.architecture.num_units[axis]
-        step = min(problem.multiple(axis), units) if axis.value in ranking.pruned else units
+        num_layers, units = ranking.scores[axis].shape
+        step = min(ranking.multiples[axis], units) if axis.value in ranking.pruned else units
         num = -(-units // step)
         size = torch.full((num,), step).index_fill_(
             0, torch.tensor(num - 1), units - (num - 1) * step
         )
-        layers = torch.nonzero(ranking.present[:, index]).flatten()
-        scores, order = ranking.scores[axis][layers].sort(dim=1, descending=True, stable=True)
-        benefits = ranking.benefits[axis][layers].gather(1, order)
         sums = [
-            nn.functional.pad(values, (0, num * step - units)).view(-1, num, step).sum(2)
-            for values in (scores, benefits)
-        ]
+            nn.functional.pad(
+                values[axis].gather(1, ranking.order[axis]), (0, num * step - units)
+            ).view(-1, num, step).sum(2)
+            for values in (ranking.scores, ranking.benefits)
+        ]  # fmt: skip
         means = sums[0] / size
         means[:, 0] = torch.inf
         grid = means.shape
@@ -125,15 +157,13 @@ def _blocks(ranking: Ranking, problem: Problem) -> _Blocks:
                 means.flatten(),
                 sums[1].flatten(),
                 torch.full_like(means, index, dtype=torch.long).flatten(),
-                layers[:, None].expand(grid).flatten(),
+                torch.arange(num_layers)[:, None].expand(grid).flatten(),
                 size.expand(grid).flatten(),
             )
         )
     means, benefit, parts, layer, size = map(torch.cat, zip(*columns, strict=True))
     ranks = means.argsort(descending=True, stable=True)
-    return _Blocks(
-        benefit[ranks], parts[ranks], layer[ranks], size[ranks], int(means.isposinf().sum())
-    )
+    return _Blocks(benefit[ranks], parts[ranks], layer[ranks], size[ranks])
 
 
 class _Spending:
@@ -173,14 +203,21 @@ class _Spending:
         return low
 
 
-def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
-    """Counts free in every layer: for each hidden size the best-scored units that fit."""
-    blocks = _blocks(ranking, problem)
+def choose_free(ranking: Ranking, present: Tensor, problem: Problem) -> Shape | None:
+    """Counts free in every layer: for each hidden size the best-scored units that fit.
+
+    Args:
+        ranking: of all units.
+        present: which sub-layers stay, `(L, 2)` bool.
+        problem: model, budget, rounding and layout.
+    """
+    blocks = ranking.blocks.of(present)
     num_blocks = len(blocks.size)
     options = problem.counts(Axis.HIDDEN, Axis.HIDDEN in ranking.pruned)
-    spending = _Spending(blocks, torch.tensor(options), ranking.present, problem)
+    hidden = torch.tensor(options)
+    spending = _Spending(blocks, hidden, present, problem)
     num = spending.num_within(num_blocks)
-    possible = num >= max(1, blocks.num_forced)
+    possible = num >= max(1, int(present.sum()))  # every sub-layer keeps a block
     if not bool(possible.any()):
         return None
     # With every block taken nothing can fill what is left of the budget.
@@ -189,7 +226,7 @@ def choose_free(ranking: Ranking, problem: Problem) -> Shape | None:
     is_close = (num < num_blocks) | (unused <= TOLERANCE).any(0)
     if bool((possible & is_close).any()):
         possible &= is_close
-    gains = _hidden_gain(ranking.benefits, options) + blocks.benefit.cumsum(0)[num - 1]
+    gains = ranking.gains[Axis.HIDDEN][hidden - 1] + blocks.benefit.cumsum(0)[num - 1]
     best = int(gains.masked_fill(~possible, -torch.inf).argmax())
     return _fill(blocks, options[best], int(num[best]), spending.left(num)[:, best], problem)
 
@@ -221,9 +258,3 @@ def _fill(blocks: _Blocks, hidden: int, num: int, rooms: Tensor, problem: Proble
     )
     heads, ffn = counts.tolist()
     return Shape(hidden, tuple(heads), tuple(ffn))
-
-
-def _hidden_gain(benefits: Mapping[str, Tensor], counts: list[int]) -> Tensor:
-    """Summed benefit of the best `n` hidden dimensions for each `n` in `counts`."""
-    ranked = benefits[Axis.HIDDEN].sort(descending=True).values.cumsum(0)
-    return ranked[torch.tensor(counts) - 1]

@@ -44,13 +44,19 @@ class ObliqueBasis:
     fisher: Tensor
 
     @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """`L` and the eigenvectors of `L^T C L`, most important first."""
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`Q R` of `L^-T U`, and `U^T L^T`, for all eigenvectors `U`, most important first.
+
+        Those of fewer eigenvectors are their leading parts.
+        """
         ridge = RIDGE * torch.eye(len(self.fisher), dtype=torch.float64, device=self.fisher.device)
         lower = torch.linalg.cholesky(self.fisher + ridge)
         _, vectors = torch.linalg.eigh(lower.T @ self.inputs @ lower)
-        lower, vectors = agreed((lower.cpu(), vectors.flip(1).cpu()))
-        return lower.to(self.fisher.device), vectors.to(self.fisher.device)
+        vectors = vectors.flip(1)
+        read, mixing = torch.linalg.qr(torch.linalg.solve_triangular(lower.T, vectors, upper=True))
+        factors = agreed(tuple(f.cpu() for f in (read, mixing, vectors.T @ lower.T)))
+        read, mixing, written = (factor.to(self.fisher.device) for factor in factors)
+        return read, mixing, written
 
     def maps(self, size: int) -> dict[Place, Tensor]:
         """The best projection that keeps `size` dimensions, as maps of `Tuning`.
@@ -59,14 +65,12 @@ class ObliqueBasis:
             `write` whose first `size` rows and `read` whose first `size` columns are the
             projection, both `(hidden_size, hidden_size)` float32 on the CPU.
         """
-        lower, vectors = self._factors
-        kept = vectors[:, :size]
-        read, mixing = torch.linalg.qr(torch.linalg.solve_triangular(lower.T, kept, upper=True))
-        write = mixing @ kept.T @ lower.T
-        identity = torch.eye(len(lower))
+        read, mixing, written = self._factors
+        write = mixing[:size, :size] @ written[:size]
+        identity = torch.eye(len(read))
         return {
             Place.WRITE: torch.cat([write.float().cpu(), identity[size:]]),
-            Place.READ: torch.cat([read.float().cpu(), identity[:, size:]], dim=1),
+            Place.READ: torch.cat([read[:, :size].float().cpu(), identity[:, size:]], dim=1),
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,8 +10,6 @@ from torch import Tensor
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
 from llm_vtrans.training.loop import Objective, TrainingSettings, warm_up_and_decay
-
-REHEARSAL_SHARE = 1 / 15  # of tuning
 
 
 class TuneObjective(Objective):
@@ -57,22 +54,3 @@ class TuneObjective(Objective):
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warms up, then decays linearly to zero."""
         warm_up_and_decay(self, optimizer, step)
-
-
-class Rehearsal(TuneObjective):
-    """The beginning of tuning, to tell plans apart: weights stay as they are."""
-
-    def __init__(
-        self,
-        distillation: Distillation,
-        hard: Mapping[str, Tensor],
-        loss: float,
-        sparsity: float,
-        settings: TrainingSettings,
-    ):
-        steps = max(1, round(REHEARSAL_SHARE * settings.tune_steps))
-        super().__init__(distillation, hard, loss, sparsity, replace(settings, tune_steps=steps))
-
-    def optimizer(self) -> torch.optim.AdamW:
-        """Over maps and factors alone."""
-        return torch.optim.AdamW(self.tuning.parameter_groups(self.loss), weight_decay=0.0)

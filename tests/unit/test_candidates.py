@@ -1,18 +1,21 @@
-"""Candidate plans: all within the budget, and the one of least loss is taken."""
+"""Candidate plans: all within the budget, of every depth that comes into question."""
 
-from itertools import combinations
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from llm_vtrans.allocation.allocate import PrunePlan, allocate
-from llm_vtrans.allocation.candidates import _Shortlist, candidates, shortlist
+from llm_vtrans.allocation.allocate import Allocator, PrunePlan, allocate, scores_and_gates
+from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.basis.oblique import ObliqueBasis
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
-from llm_vtrans.budget.problem import TOLERANCE, Problem
+from llm_vtrans.budget.problem import Problem
+from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
-from llm_vtrans.families.base import Axis, Shape
+from llm_vtrans.families.base import Axis
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.training.search import initial_shapes
 
@@ -64,9 +67,31 @@ def case(request: pytest.FixtureRequest) -> tuple[VIBMasks, Problem]:
     return masks, Problem(architecture, cost, Budget("params", dense // 2, dense), 1, is_uniform)
 
 
+def all_plans(
+    masks: VIBMasks, problem: Problem, basis: ObliqueBasis | None = None
+) -> Iterator[PrunePlan]:
+    """The first plan, and of each depth those that represent it and their neighbours."""
+    candidates = Candidates(masks, problem, basis)
+    yield candidates.first
+    for kept in candidates.depths(candidates.first):
+        for plan in candidates.of(kept):
+            yield plan
+            yield from candidates.around(plan)
+
+
+def identity_basis(size: int) -> ObliqueBasis:
+    """Every direction counts alike."""
+    return ObliqueBasis(*[torch.eye(size, dtype=torch.float64)] * 2)
+
+
+def gone_layers(plan: PrunePlan) -> tuple[int, ...]:
+    """Which have neither sub-layer."""
+    return tuple(torch.nonzero(~plan.present.any(1)).flatten().tolist())
+
+
 def test_candidates_meet_the_budget(case: tuple[VIBMasks, Problem]) -> None:
     masks, problem = case
-    plans = list(candidates(masks, problem))
+    plans = list(all_plans(masks, problem))
     first = allocate(masks, problem)
     assert plans[0].shape == first.shape
     assert len({plan.shape for plan in plans}) > 2
@@ -79,80 +104,52 @@ def test_candidates_meet_the_budget(case: tuple[VIBMasks, Problem]) -> None:
     assert not bool(first.present[1].all()) and any(bool(plan.present.all()) for plan in plans)
 
 
-@pytest.mark.parametrize("ratio", [0.8, 1.3])
-@pytest.mark.parametrize("is_oblique", [True, False])
-def test_the_choice_goes_on_where_less_is_lost(
-    case: tuple[VIBMasks, Problem], ratio: float, is_oblique: bool
-) -> None:
-    """The masks' balance of hidden dimensions and other units may be far from the best."""
-    masks, problem = case
-    first = allocate(masks, problem).shape.hidden
-    size = problem.architecture.num_units[Axis.HIDDEN]
-    basis = ObliqueBasis(*[torch.eye(size, dtype=torch.float64)] * 2) if is_oblique else None
-    wanted = ratio * first
-    [(plan, loss)] = shortlist(masks, problem, lambda plan: abs(plan.shape.hidden - wanted), basis)
-    assert loss == abs(plan.shape.hidden - wanted) < 0.05 * first
-    assert problem.cost.of(plan.shape) <= problem.budget.target
+@pytest.mark.parametrize("num_gone", [0, 1, 2, 3])
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_about_as_many_layers_go_as_from_a_plan(is_uniform: bool, num_gone: int) -> None:
+    """Those of lowest score, or another in place of the last; never the first."""
+    problem = replace(stock_problem(SMALL, 0.5), is_uniform=is_uniform)
+    masks = masks_for(problem, -4.0)
+    with torch.no_grad():
+        for rank, layer in enumerate((4, 2, 0, 1, 5, 3)):
+            masks.log_var["layers"][layer] -= 0.1 * rank
+    present = torch.ones(6, 2, dtype=torch.bool)
+    present[[4, 2, 1][:num_gone]] = False
+    first = Candidates(masks, problem).first
+    plan = replace(first, keep={n: k * 1 for n, k in first.keep.items()})
+    for axis, row in ((Axis.HEADS, 0), (Axis.FFN, 1)):
+        plan.keep[axis][:, 0] = 1
+        plan.keep[axis][~present[:, row]] = 0
+    assert plan.present.equal(present)
+    found = [kept.tolist() for kept in Candidates(masks, problem).depths(plan)]
+    assert found[0] == present.tolist() and [[True] * 2] * 6 in found
+    counts = {sum(not part for row in kept for part in row) for kept in found}
+    if is_uniform:
+        order = [4, 2, 1, 5, 3]
+        sets = [order[: num_gone + i] for i in (-1, 0, 1) if num_gone + i > 0]
+        swaps = [[*chosen[:-1], order[len(chosen)]] for chosen in sets]
+        wanted = [[[i not in gone] * 2 for i in range(6)] for gone in ([], *sets, *swaps)]
+        assert sorted(map(str, {str(kept) for kept in found})) == sorted(map(str, wanted))
+    else:
+        assert counts == {0, *(n for n in range(2 * num_gone - 1, 2 * num_gone + 2) if n > 0)}
+    assert all(kept[0] == [True, True] for kept in found)
 
 
-@pytest.mark.parametrize("num", [1, 2, 5])
-def test_the_shortlist_holds_the_best_of_plans_that_are_not_alike(
-    case: tuple[VIBMasks, Problem], num: int
-) -> None:
-    masks, problem = case
-    tried: dict[Shape, float] = {}
-
-    def loss(plan: PrunePlan) -> float:
-        size = plan.shape.hidden
-        return tried.setdefault(plan.shape, size % 7 + sum(plan.shape.ffn) % 11 / 100)
-
-    found = shortlist(masks, problem, loss, num=num)
-    assert len(found) == num
-    assert [value for _, value in found] == sorted(tried[plan.shape] for plan, _ in found)
-    assert found[0][1] == min(tried.values())
-    for (one, _), (other, _) in combinations(found, 2):
-        sizes = [(p.shape.hidden, sum(p.shape.heads)) for p in (one, other)]
-        ratio = max(max(pair) / min(pair) for pair in zip(*sizes, strict=True))
-        assert ratio > 1.04 or not one.present.equal(other.present)
-
-
-def test_plans_that_lack_different_layers_are_not_alike() -> None:
-    """Of the same sizes; which of two layers to spare may show only after some training."""
-    problem = stock_problem(SMALL, 0.7)
-    plans = []
-    for gone in (2, 3):
-        masks = masks_for(problem, -4.0)
-        with torch.no_grad():
-            masks.log_var["layers"][gone] = 1.0
-        plans.append(allocate(masks, problem))
-    assert plans[0].shape.hidden == plans[1].shape.hidden
-    best = _Shortlist(lambda plan: float(plan.present[2, 0]), 2)
-    best.improves([*plans, *plans])
-    assert [int(plan.present[2, 0]) for plan, _ in best.found] == [0, 1]
-
-
-def test_one_more_layer_goes_where_less_is_lost(case: tuple[VIBMasks, Problem]) -> None:
-    masks, problem = case
-    first = allocate(masks, problem)
-    fewest = min(int(plan.present.sum()) for plan in candidates(masks, problem))
-    [(plan, _)] = shortlist(masks, problem, lambda plan: float(plan.present.sum()))
-    assert int(plan.present.sum()) == fewest - (2 if problem.is_uniform else 1)
-    assert bool((plan.present <= first.present).all()) and bool(plan.present[0].all())
-    assert problem.cost.of(plan.shape) <= problem.budget.target
-
-
-def test_the_choice_passes_by_sizes_that_cannot_use_the_budget() -> None:
-    """In the stock layout of a small model whole FFN widths fill few hidden sizes."""
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=48, intermediate_size=128, num_hidden_layers=8,
-        num_attention_heads=4,
-    )  # fmt: skip
-    problem = stock_problem(config, 0.3)
-    masks = masks_for(problem, 0.0)
-    first = allocate(masks, problem).shape.hidden
-    [(plan, _)] = shortlist(masks, problem, lambda plan: abs(plan.shape.hidden - 0.6 * first))
-    assert plan.shape.hidden < 0.65 * first
-    assert problem.used(plan.shape) >= 1 - TOLERANCE
+@pytest.mark.parametrize("num_gone", [0, 1, 2, 3])
+def test_a_plan_keeps_the_layers_that_it_is_told_to(num_gone: int) -> None:
+    """Whatever their scores are and at every hidden size, or there is no plan."""
+    problem = stock_problem(SMALL, 0.5)
+    masks = masks_for(problem, -4.0)
+    with torch.no_grad():
+        masks.log_var["layers"][1:3] = 4.0
+    kept = torch.ones(6, 2, dtype=torch.bool)
+    kept[1 : 1 + num_gone] = False
+    allocator, found = Allocator(*scores_and_gates(masks), problem), []
+    for size in range(60, 120, 3):
+        with suppress(UserError):
+            found.append(allocator.plan(kept, {Axis.HIDDEN: size}))
+            assert found[-1].shape.hidden == size
+    assert len(found) > 5 and all(plan.present.equal(kept) for plan in found)
 
 
 def test_an_oblique_basis_brings_plans_up_to_removing_hidden_dimensions_alone(
@@ -160,8 +157,7 @@ def test_an_oblique_basis_brings_plans_up_to_removing_hidden_dimensions_alone(
 ) -> None:
     masks, problem = case
     size = problem.architecture.num_units[Axis.HIDDEN]
-    basis = ObliqueBasis(*[torch.eye(size, dtype=torch.float64)] * 2)
-    first, *others = candidates(masks, problem, basis)
+    first, *others = all_plans(masks, problem, identity_basis(size))
     assert first.maps is None and all(plan.maps is not None for plan in others)
     untouched = [plan.shape for plan in others if bool(plan.present.all())]
     alone = [s for s in untouched if set(s.ffn) == {CONFIG.intermediate_size}]
@@ -180,10 +176,9 @@ def test_layers_go_with_hidden_dimensions_and_hardly_anything_else(num_gone: int
     masks = masks_for(problem, -4.0)
     with torch.no_grad():
         masks.log_var["layers"][1:3] = 1.0
-    basis = ObliqueBasis(*[torch.eye(128, dtype=torch.float64)] * 2)
     found = {
-        tuple(torch.nonzero(~plan.present.any(1)).flatten().tolist())
-        for plan in candidates(masks, problem, basis)
+        gone_layers(plan)
+        for plan in all_plans(masks, problem, identity_basis(128))
         if max(plan.shape.ffn) > 0.95 * 352 and set(plan.shape.heads) <= {0, 8}
     }
     gone = {layers for layers in found if len(layers) == num_gone}

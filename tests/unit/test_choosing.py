@@ -1,47 +1,48 @@
-"""Plans are told apart by what their networks lose, at once or after some training."""
+"""Plans are told apart by what their networks lose."""
 
-import torch
+import pytest
 
-from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.allocation.choosing import NUM_REHEARSED, Chooser
+from llm_vtrans.allocation.allocate import allocate
+from llm_vtrans.allocation.choosing import Chooser
+from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem
-from llm_vtrans.families import family_for
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import VIBMasks
-from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.search import initial_shapes
 from tests.tiny import tiny_model
-from tests.unit.test_exactness import inputs_for
+from tests.unit.test_tuning import architecture_of, fresh, tokens
 
 
-def test_the_best_few_are_compared_again_after_a_rehearsal() -> None:
-    model = tiny_model("llama")
-    architecture = family_for("llama").describe(model.config)
-    masked = MaskedModel(model, architecture, Tuning(architecture, is_rotated=False))
+@pytest.fixture
+def case() -> tuple[Chooser, VIBMasks, Problem]:
+    """Half of a tiny model, in the per-layer layout."""
+    architecture = architecture_of("llama")
+    masked = MaskedModel(tiny_model("llama"), architecture, fresh("llama"))
     masks = VIBMasks(initial_shapes(architecture, ("hidden", "heads", "ffn"), False), 0.0, 0)
     cost = parameter_cost(architecture)
     dense = cost.of(dense_shape(architecture))
     problem = Problem(architecture, cost, Budget("params", dense // 2, dense), 1, False)
-    batches = [inputs_for(model.config, 0)]
-    chooser = Chooser(SelfDistillation(masked), masks, batches, None, None)
-    best = chooser.choose(problem)
-    rehearsed: list[PrunePlan] = []
-    told: list[float] = []
+    batches = [{"input_ids": tokens(4)}]
+    return Chooser(SelfDistillation(masked), masks, batches, None, None), masks, problem
 
-    @torch.no_grad()
-    def rehearse(plan: PrunePlan, loss: float) -> None:
-        """All but the third are spoilt by what they learn."""
-        told.append(loss)
-        assert all(bool((scale == 1).all()) for scale in masked.tuning.scales.values())
-        rehearsed.append(plan)
-        masked.tuning.is_on = True
-        for scale in masked.tuning.scales.values():
-            scale.fill_(1 if len(rehearsed) == 3 else 5)
 
-    chosen = chooser.choose(problem, rehearse)
-    losses = [chooser.loss(plan) for plan in rehearsed]
-    assert told == losses == sorted(losses) and len(losses) == NUM_REHEARSED
-    assert rehearsed[0].shape == best.shape
-    assert chosen is rehearsed[2]
+def test_the_plan_of_least_loss_is_chosen(case: tuple[Chooser, VIBMasks, Problem]) -> None:
+    chooser, masks, problem = case
+    plan = search_plan(masks, problem, chooser.loss)
+    chosen = chooser.choose(problem)
+    assert chosen.shape == plan.shape
+    assert chooser.loss(chosen) < chooser.loss(allocate(masks, problem))
+
+
+def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
+    case: tuple[Chooser, VIBMasks, Problem],
+) -> None:
+    chooser, masks, problem = case
+    fit_to = [{"input_ids": tokens(16)}]
+    one, other = chooser.choose(problem), allocate(masks, problem)
+    first = chooser.fitted(one, fit_to)
+    assert first < chooser.loss(one)
+    assert chooser.fitted(other, fit_to) != first
+    assert chooser.fitted(one, fit_to) == first

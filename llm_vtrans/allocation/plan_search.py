@@ -1,0 +1,93 @@
+"""ALLOCATE, refined: candidates are compared by what their hard-masked networks lose.
+
+That loss is the truth, and a forward pass of a few batches tells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import inf, isnan
+
+from torch import Tensor
+
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.candidates import HIDDEN_RATIOS, Candidates
+from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.budget.problem import Problem
+from llm_vtrans.families.base import Shape
+from llm_vtrans.masking.masks import VIBMasks
+
+NUM_EXPLORED = 3  # depths, of those that a search comes across at a time
+
+Found = tuple[float, PrunePlan]  # a plan behind its loss
+
+
+def search_plan(
+    masks: VIBMasks,
+    problem: Problem,
+    loss: Callable[[PrunePlan], float],
+    oblique: ObliqueBasis | None = None,
+) -> PrunePlan:
+    """The plan of lowest loss that is found.
+
+    The most promising depths are searched, each until no hidden size near its best plan's loses
+    less; those of about as many layers come in question then, and so on.
+
+    Args:
+        masks: trained masks.
+        problem: model, budget, rounding and layout.
+        loss: of the hard-masked network, lower is better.
+        oblique: of the stream, where the family allows another basis.
+
+    Raises:
+        UserError: even the smallest allowed model exceeds the budget.
+    """
+    candidates, best_of = Candidates(masks, problem, oblique), _Losses(loss)
+    [best] = best_of([candidates.first])
+    seen: list[Tensor] = []
+    while True:
+        found: list[Found] = []
+        for kept in candidates.depths(best[1]):
+            if not any(kept.equal(other) for other in seen):
+                seen.append(kept)
+                found += best_of(candidates.of(kept))
+        if not found:
+            return best[1]
+        for start in sorted(found, key=_loss)[:NUM_EXPLORED]:
+            best = min(best, _explore(start, candidates, best_of), key=_loss)
+
+
+def _loss(found: Found) -> float:
+    return found[0]
+
+
+class _Losses:
+    """Losses of plans, each measured once."""
+
+    def __init__(self, loss: Callable[[PrunePlan], float]):
+        self._loss = loss
+        self._known: dict[tuple[Shape, bool], float] = {}
+
+    def __call__(self, plans: Iterable[PrunePlan]) -> list[Found]:
+        """The one of lowest loss, if there is any; a loss that is no number is the highest."""
+        best: list[Found] = []  # of a few dozen only one at a time: their maps take room
+        for plan in plans:
+            key = plan.shape, plan.maps is None
+            if key not in self._known:
+                loss = self._loss(plan)
+                self._known[key] = inf if isnan(loss) else loss
+            best = [min([*best, (self._known[key], plan)], key=_loss)]
+        return best
+
+
+def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
+    """Goes from a plan to the best of its depth, as far as steps of hidden size lead downhill."""
+    best = min([best, *best_of(candidates.around(best[1]))], key=_loss)
+    is_better = True
+    while is_better:
+        is_better = False
+        for ratio in HIDDEN_RATIOS:
+            for found in best_of(candidates.beyond(best[1], ratio)):
+                if found[0] < best[0]:
+                    best, is_better = found, True
+    return best

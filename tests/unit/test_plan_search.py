@@ -1,0 +1,84 @@
+"""The search for the plan of least loss: at every depth, downhill."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.plan_search import search_plan
+from llm_vtrans.budget.problem import TOLERANCE, Problem
+from llm_vtrans.families.base import Axis, Shape
+from llm_vtrans.masking.masks import VIBMasks
+from tests.unit.test_candidates import SMALL, all_plans, identity_basis, masks_for, stock_problem
+from tests.unit.test_candidates import case as case
+
+
+@pytest.mark.parametrize("ratio", [0.8, 1.3])
+@pytest.mark.parametrize("is_oblique", [True, False])
+def test_the_choice_goes_on_where_less_is_lost(
+    case: tuple[VIBMasks, Problem], ratio: float, is_oblique: bool
+) -> None:
+    """The masks' balance of hidden dimensions and other units may be far from the best."""
+    masks, problem = case
+    first = allocate(masks, problem).shape.hidden
+    size = problem.architecture.num_units[Axis.HIDDEN]
+    basis = identity_basis(size) if is_oblique else None
+    wanted = ratio * first
+    plan = search_plan(masks, problem, lambda plan: abs(plan.shape.hidden - wanted), basis)
+    assert abs(plan.shape.hidden - wanted) < 0.05 * first
+    assert problem.cost.of(plan.shape) <= problem.budget.target
+
+
+def test_layers_go_as_long_as_less_is_lost(case: tuple[VIBMasks, Problem]) -> None:
+    """In the order of their scores, the first one never."""
+    masks, problem = case
+    first = allocate(masks, problem)
+    fewest = min(int(plan.present.sum()) for plan in all_plans(masks, problem))
+    plan = search_plan(masks, problem, lambda plan: float(plan.present.sum()))
+    assert int(plan.present.sum()) <= fewest - (2 if problem.is_uniform else 1)
+    assert bool((plan.present <= first.present).all()) and bool(plan.present[0].all())
+    assert problem.cost.of(plan.shape) <= problem.budget.target
+
+
+def test_the_choice_passes_by_sizes_that_cannot_use_the_budget() -> None:
+    """In the stock layout of a small model whole FFN widths fill few hidden sizes."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=48, intermediate_size=128, num_hidden_layers=8,
+        num_attention_heads=4,
+    )  # fmt: skip
+    problem = stock_problem(config, 0.3)
+    masks = masks_for(problem, 0.0)
+    first = allocate(masks, problem).shape.hidden
+    plan = search_plan(masks, problem, lambda plan: abs(plan.shape.hidden - 0.6 * first))
+    assert plan.shape.hidden < 0.65 * first
+    assert problem.used(plan.shape) >= 1 - TOLERANCE
+
+
+def test_each_plan_is_measured_once_and_no_number_is_no_success(
+    case: tuple[VIBMasks, Problem],
+) -> None:
+    masks, problem = case
+    first = allocate(masks, problem)
+    losses: dict[Shape, float] = {}
+
+    def loss(plan: PrunePlan) -> float:
+        assert plan.shape not in losses
+        size = plan.shape.hidden
+        losses[plan.shape] = size % 7 + sum(plan.shape.ffn) % 11 / 100 if size % 2 else float("nan")
+        return losses[plan.shape]
+
+    plan = search_plan(masks, problem, loss)
+    assert first.shape in losses
+    assert losses[plan.shape] == min(value for value in losses.values() if value == value)
+
+
+@pytest.mark.parametrize("num_gone", [0, 1, 2, 3])
+def test_a_depth_far_from_the_masks_is_reached_where_each_step_loses_less(num_gone: int) -> None:
+    """Masks that spare no layer, or three of six."""
+    problem = stock_problem(SMALL, 0.5)
+    masks = masks_for(problem, -4.0)
+    with torch.no_grad():
+        for rank, layer in enumerate((4, 2, 1)[: 3 - num_gone]):
+            masks.log_var["layers"][layer] += 5.0 - rank
+    plan = search_plan(masks, problem, lambda p: abs(int((~p.present).any(1).sum()) - num_gone))
+    assert int((~plan.present).any(1).sum()) == num_gone
