@@ -46,8 +46,9 @@ class Candidates:
         self._scores, gate = scores_and_gates(masks)
         self._problem = problem
         self._allocator = Allocator(self._scores, gate, problem)
-        self._oblique = oblique if Axis.HIDDEN in self._scores else None
-        self._maps = lru_cache(4)(oblique.maps) if oblique is not None else None
+        self._maps = None
+        if oblique is not None and Axis.HIDDEN in self._scores:
+            self._maps = lru_cache(4)(oblique.maps)
         self.first = self._allocator.plan()
 
     @cached_property
@@ -83,7 +84,7 @@ class Candidates:
         """What represents a depth: its plan of largest benefit, and the extreme one."""
         with suppress(UserError):  # so many layers may not fit the budget
             yield from self._nearest(self._allocator.plan(kept).shape.hidden, kept)
-        if self._oblique is not None:
+        if self._maps is not None:
             yield from self._extreme(kept)
 
     def around(self, plan: PrunePlan) -> Iterator[PrunePlan]:
@@ -100,7 +101,7 @@ class Candidates:
         for size in _near(self._sizes, hidden, HIDDEN_RATIOS):
             for number in numbers:
                 yield from self._nearest(size, plan.present, number)
-        for alone in self._extreme(plan.present) if self._oblique is not None else ():
+        for alone in self._extreme(plan.present) if self._maps is not None else ():
             for share in BETWEEN:
                 wanted = hidden + share * (alone.shape.hidden - hidden)
                 yield from self._nearest(wanted, plan.present)
@@ -119,8 +120,8 @@ class Candidates:
         sizes: list[int] | None = None,
     ) -> Iterator[PrunePlan]:
         """The plan that uses the budget whose hidden size is closest to that wanted, if any."""
-        sizes = sorted(sizes or self._sizes, key=lambda size: abs(size - wanted))
-        for size in sizes[:NUM_TRIED]:
+        allowed = self._sizes if sizes is None else sizes
+        for size in sorted(allowed, key=lambda size: abs(size - wanted))[:NUM_TRIED]:
             fixed = {Axis.HIDDEN: size}
             if num_heads is not None:
                 fixed[Axis.HEADS] = num_heads

@@ -183,3 +183,13 @@ def test_layers_go_with_hidden_dimensions_and_hardly_anything_else(num_gone: int
     }
     gone = {layers for layers in found if len(layers) == num_gone}
     assert gone >= ({(1,), (2,)} if num_gone == 1 else {(1, 2)} if num_gone else {()})
+
+
+def test_a_stream_that_stays_whole_keeps_its_basis() -> None:
+    problem = stock_problem(SMALL, 0.7)
+    masks = VIBMasks(initial_shapes(problem.architecture, ALL[1:], True), -4.0, seed=0)
+    plans = list(all_plans(masks, problem, identity_basis(128)))
+    assert len(plans) > 1
+    assert all(plan.maps is None and plan.shape.hidden == 128 for plan in plans)
+    candidates = Candidates(masks, problem)
+    assert not list(candidates.beyond(plans[-1], 0.9))
