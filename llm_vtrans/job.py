@@ -96,7 +96,7 @@ class Job(Prepared):
     @property
     def is_fitted(self) -> bool:
         """Whether tuning begins in closed form: weights that are trained need none."""
-        return self.settings.tune_steps > 0 and not self.args.trains_weights
+        return not self.args.trains_weights
 
     def load(self) -> None:
         """Loads and rotates the model, hooks tuning and masks onto it."""

@@ -85,7 +85,7 @@ class Candidates:
         with suppress(UserError):  # so many layers may not fit the budget
             yield from self._nearest(self._allocator.plan(kept).shape.hidden, kept)
         if self._maps is not None:
-            yield from self._extreme(kept)
+            yield from map(self._in_basis, self._extreme(kept))
 
     def around(self, plan: PrunePlan) -> Iterator[PrunePlan]:
         """Neighbours of the same depth: another hidden size, another number of heads.
@@ -139,10 +139,10 @@ class Candidates:
         with suppress(UserError):  # not with hidden dimensions alone
             alone = self._hidden_alone.plan(kept)
             if self._is_full(alone):
-                yield self._in_basis(alone)
+                yield alone
             for size in [size for size in self._sizes if size > alone.shape.hidden][:1]:
                 plan = self._allocator.plan(kept, {Axis.HIDDEN: size})
-                yield self._in_basis(replace(plan, gate=alone.gate))
+                yield replace(plan, gate=alone.gate)
 
     def _is_full(self, plan: PrunePlan) -> bool:
         used = self._problem.used

@@ -116,7 +116,7 @@ def test_about_as_many_layers_go_as_from_a_plan(is_uniform: bool, num_gone: int)
     present = torch.ones(6, 2, dtype=torch.bool)
     present[[4, 2, 1][:num_gone]] = False
     first = Candidates(masks, problem).first
-    plan = replace(first, keep={n: k * 1 for n, k in first.keep.items()})
+    plan = replace(first, keep={n: k.clone() for n, k in first.keep.items()})
     for axis, row in ((Axis.HEADS, 0), (Axis.FFN, 1)):
         plan.keep[axis][:, 0] = 1
         plan.keep[axis][~present[:, row]] = 0
@@ -129,7 +129,7 @@ def test_about_as_many_layers_go_as_from_a_plan(is_uniform: bool, num_gone: int)
         sets = [order[: num_gone + i] for i in (-1, 0, 1) if num_gone + i > 0]
         swaps = [[*chosen[:-1], order[len(chosen)]] for chosen in sets]
         wanted = [[[i not in gone] * 2 for i in range(6)] for gone in ([], *sets, *swaps)]
-        assert sorted(map(str, {str(kept) for kept in found})) == sorted(map(str, wanted))
+        assert sorted({str(kept) for kept in found}) == sorted(map(str, wanted))
     else:
         assert counts == {0, *(n for n in range(2 * num_gone - 1, 2 * num_gone + 2) if n > 0)}
     assert all(kept[0] == [True, True] for kept in found)
