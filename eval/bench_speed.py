@@ -3,10 +3,10 @@
     python eval/bench_speed.py [--model DIR | random:160m] [--sparsity 0.5] [--output FILE]
 
 step: a training step against a bare pass through the same frozen model (the teacher's forward
-counted in both), and its share of the device's peak. inference: dense against a checkpoint of
-random weights that is smaller in proportion: loading, prefill, decode, memory. files: loading
-and export against reading and copying. growth: how a step's time grows with the model and with
-the sequence.
+counted in both), and its share of the device's peak. kernels: what the device does in a step of
+each stage. inference: dense against checkpoints of random weights that are smaller in proportion:
+loading, prefill, decode, memory. files: loading and export against reading and copying. growth:
+how a step's time grows with the model and with the sequence.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from eval.speed.files import READ, phases
 from eval.speed.inference import compare
+from eval.speed.kernels import is_product, step_kernels
 from eval.speed.shapes import (
     RANDOM,
     SIZES,
@@ -51,6 +52,7 @@ GROWTH_SIZES = ((128, 352, 4, 4), (256, 704, 6, 4), (384, 1056, 8, 6), (512, 140
 GROWTH_VOCAB = 4096
 GROWTH_TOKENS = (128, 256, 512, 1024)
 GROWTH_BATCH, GROWTH_SEQ_LEN = 4, 256
+NUM_KERNELS, KERNEL_WIDTH = 10, 90
 
 
 def step(args: argparse.Namespace, _: Path) -> dict[str, float]:
@@ -69,35 +71,58 @@ def step(args: argparse.Namespace, _: Path) -> dict[str, float]:
         "TFLOP/s of a large product": times.peak / 1e12,
         "share of it in a search step": times.utilisation,
     }
+    if args.device == "cuda":
+        found["peak memory of a step, GB"] = torch.cuda.max_memory_allocated() / 1e9
     return _printed(found)
 
 
+def kernels(args: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds by kernel, of a step of each stage."""
+    found = step_kernels(args.model, args.batch_size, args.seq_len, args.torch_dtype)
+    for name, times in found.items():
+        total = sum(times.values())
+        products = sum(ms for kernel, ms in times.items() if is_product(kernel))
+        rows = [(f"largest in a {name}", "ms", "of all")]
+        for kernel, ms in sorted(times.items(), key=lambda item: -item[1])[:NUM_KERNELS]:
+            rows.append((kernel[:KERNEL_WIDTH], f"{ms:.2f}", f"{100 * ms / total:.1f}%"))
+        print(table(rows))
+        print(
+            f"{total:.1f} ms in all, {total - products:.1f} ms of it ({1 - products / total:.1%}) "
+            "neither matrix products nor attention\n"
+        )
+    return found
+
+
 def inference(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, float]]:
-    """Dense, pruned and their ratio, by figure."""
+    """Every figure of dense and pruned networks."""
     source = open_source(args.model)
     architecture = source.architecture
-    problem = problem_of(architecture, args.sparsity, args.round_to)
-    shape = proportional_shape(architecture, problem)
-    config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
     stored = next(iter(source.checkpoint.tensors.values())).dtype
-    pruned = scratch / "pruned"
-    random_network(source, config, stored, torch.device("cpu")).save_pretrained(pruned)
-    folders = [source.checkpoint.folder, pruned]
-    before, after = compare(folders, args.dtype, args.seq_len, args.inference_rounds)
-    print(
-        f"pruned to {problem.cost.of(shape):,} of {problem.budget.dense:,} parameters: hidden "
-        f"{shape.hidden}, heads {shape.heads[0]}, FFN {shape.ffn[0]}"
-    )
-    rows = [("", "dense", "pruned", "pruned / dense")]
-    rows += [
-        (name, f"{before[name]:,.1f}", f"{after[name]:,.1f}", f"{after[name] / before[name]:.2f}")
-        for name in before
-    ]
+    folders = {"dense": source.checkpoint.folder}
+    for round_to in args.round_to:
+        problem = problem_of(architecture, args.sparsity, round_to)
+        shape = proportional_shape(architecture, problem)
+        config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
+        name = f"multiples of {round_to}"
+        folders[name] = scratch / name.replace(" ", "-")
+        network = random_network(source, config, stored, torch.device(args.device))
+        network.save_pretrained(folders[name])
+        del network  # its memory is the measured processes'
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            f"{name}: {problem.cost.of(shape):,} of {problem.budget.dense:,} parameters: hidden "
+            f"{shape.hidden}, heads {shape.heads[0]}, FFN {shape.ffn[0]}"
+        )
+    measured = compare([*folders.values()], args.dtype, args.seq_len, args.inference_rounds)
+    found = dict(zip(folders, measured, strict=True))
+    dense = found["dense"]
+    rows = [("", *folders)]
+    for figure, before in dense.items():
+        ratios = (f"{after[figure]:,.1f} ({after[figure] / before:.2f})" for after in measured[1:])
+        rows.append((figure, f"{before:,.1f}", *ratios))
     print(table(rows))
-    return {
-        name: {"dense": before[name], "pruned": after[name], "ratio": after[name] / before[name]}
-        for name in before
-    }
+    return found
 
 
 def files(args: argparse.Namespace, _: Path) -> dict[str, dict[str, float]]:
@@ -157,6 +182,7 @@ def _printed(found: dict[str, float]) -> dict[str, float]:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "step": step,
+    "kernels": kernels,
     "inference": inference,
     "files": files,
     "growth": growth,
@@ -170,7 +196,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--model", default=f"{RANDOM}160m", help=known)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--sparsity", type=float, default=0.5, help="of what dense is beside")
-    parser.add_argument("--round-to", type=int, default=64, help="multiple of its dimensions")
+    parser.add_argument(
+        "--round-to", type=int, nargs="+", default=[64], help="multiples of pruned dimensions"
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a training step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7, help="of training steps")
@@ -178,8 +206,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     args = parser.parse_args(arguments)
-    is_cuda = torch.cuda.is_available()
-    args.torch_dtype = compute_dtype(args.dtype, torch.device("cuda" if is_cuda else "cpu"))
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.torch_dtype = compute_dtype(args.dtype, torch.device(args.device))
     args.dtype = dtype_name(args.torch_dtype)
     figures: dict[str, Any] = {}
     transformers_logging.disable_progress_bar()
@@ -191,7 +219,7 @@ def run(arguments: list[str]) -> None:
                 raise UserError(f"--model {args.model}: sizes are {', '.join(SIZES)}")
             args.model = str(scratch / size)
             write_checkpoint(Path(args.model), llama(*SIZES[size]))
-        device = torch.cuda.get_device_name() if is_cuda else "CPU"
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
         print(
             f"{size}, {args.batch_size} x {args.seq_len} tokens, {args.dtype}, {device}, "
             f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"

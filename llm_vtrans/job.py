@@ -24,6 +24,7 @@ from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
+from llm_vtrans.loading.fused_norms import fuse_norms
 from llm_vtrans.loading.model import Weights, fill_model, load_model
 from llm_vtrans.loading.quantised import FULL
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
@@ -106,7 +107,8 @@ class Job(Prepared):
         with self.reporter.phase("load"):
             dtype = torch.float32 if self.args.trains_weights else self.dtype
             model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
-        self.measured.time("dense", model)  # before anything is hooked onto it
+        self.measured.time("dense", model)  # before anything is changed in it
+        fuse_norms(model, self.architecture)
         if not self.args.trains_weights:
             self._connect(model)
         self._check_overflow(model)

@@ -48,7 +48,7 @@ def start(arguments: list[str], *launcher: str, entry: str = ENTRY) -> subproces
         "OMP_NUM_THREADS": "1",
     }
     if "ACCELERATE_USE_DEEPSPEED" not in environment:  # the other would switch DeepSpeed off
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment.setdefault("ACCELERATE_USE_CPU", "true")
     return subprocess.Popen(
         [sys.executable, *launcher, entry, *arguments],
         cwd=ROOT,

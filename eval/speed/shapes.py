@@ -52,8 +52,9 @@ def write_checkpoint(folder: Path, config: LlamaConfig, shard_size: int = SHARD_
     named = family_for("llama").describe(config).named_tensors()
     specs = {name: (spec.shape, torch.bfloat16) for name, (spec, _) in named.items()}
     writer = ShardWriter(folder, specs, shard_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where numbers are drawn faster
     for name, (size, dtype) in specs.items():
-        weight = torch.empty(size, dtype=dtype)
+        weight = torch.empty(size, dtype=dtype, device=device)
         writer.write(name, weight.normal_(0, 0.02) if len(size) > 1 else weight.fill_(1))
     writer.close()
 

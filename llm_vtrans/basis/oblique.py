@@ -63,14 +63,14 @@ class ObliqueBasis:
 
         Returns:
             `write` whose first `size` rows and `read` whose first `size` columns are the
-            projection, both `(hidden_size, hidden_size)` float32 on the CPU.
+            projection, both `(hidden_size, hidden_size)` float32 where the moments are.
         """
         read, mixing, written = self._factors
         write = mixing[:size, :size] @ written[:size]
-        identity = torch.eye(len(read))
+        identity = torch.eye(len(read), device=read.device)
         return {
-            Place.WRITE: torch.cat([write.float().cpu(), identity[size:]]),
-            Place.READ: torch.cat([read[:, :size].float().cpu(), identity[:, size:]], dim=1),
+            Place.WRITE: torch.cat([write.float(), identity[size:]]),
+            Place.READ: torch.cat([read[:, :size].float(), identity[:, size:]], dim=1),
         }
 
 

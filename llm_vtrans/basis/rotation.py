@@ -27,6 +27,8 @@ from llm_vtrans.masking.hooks import removed_after
 class Basis:
     """Directions of the residual stream, as columns of `(hidden_size, hidden_size)` float32.
 
+    The device that they are on is the one that multiplies by them.
+
     Attributes:
         at: of a tensor's row and, inside the layers, its layer. What writes to the stream is
             projected onto them, what reads from it sees coordinate i along direction i. After a
@@ -63,9 +65,9 @@ class Basis:
         columns = self.at(spec, layer)
         if self.is_rotated:
             assert columns is not None
-            return rotate_tensor(weight, spec, columns[:, kept], norm_weight)
+            return rotate_tensor(weight, spec, columns[:, kept], norm_weight).to(weight.device)
         if columns is not None and (spec.is_write or spec.stream is Stream.READS):
-            return _along_hidden(weight, spec, columns[:, kept])
+            return _along_hidden(weight, spec, columns[:, kept]).to(weight.device)
         return select_hidden(weight, spec, kept)
 
 
@@ -82,7 +84,7 @@ def _along_hidden(weight: Tensor, spec: TensorSpec, columns: Tensor) -> Tensor:
     dim = spec.dim_of(Axis.HIDDEN)
     if dim is None:
         return weight
-    return (weight.to(columns.dtype).movedim(dim, -1) @ columns).movedim(-1, dim)
+    return (weight.to(columns).movedim(dim, -1) @ columns).movedim(-1, dim)
 
 
 def rotated_architecture(architecture: Architecture) -> Architecture:
@@ -111,7 +113,8 @@ def rotate_tensor(
         norm_weight: what the norm in front multiplies by, `(hidden_size,)`, for readers.
 
     Returns:
-        The rotated tensor in the basis's dtype (`weight` itself where nothing changes).
+        The rotated tensor in the basis's dtype and on its device (`weight` itself where nothing
+        changes).
     """
     if spec.stream is Stream.APART:
         return weight
@@ -121,7 +124,7 @@ def rotate_tensor(
     if spec.stream is Stream.READS and dim is not None:
         assert norm_weight is not None, spec.name
         shape = [-1 if index == dim else 1 for index in range(weight.dim())]
-        weight = weight.to(basis.dtype) * norm_weight.to(basis.dtype).view(shape)
+        weight = weight.to(basis) * norm_weight.to(basis).view(shape)
     return _along_hidden(weight, spec, basis)
 
 
@@ -190,5 +193,5 @@ def principal_basis(
     with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    _, vectors = torch.linalg.eigh(moment.double().cpu())
-    return agreed(vectors.flip(1).float().contiguous())
+    _, vectors = torch.linalg.eigh(moment.double())
+    return agreed(vectors.flip(1).float().cpu().contiguous())

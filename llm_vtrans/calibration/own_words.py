@@ -15,10 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.tasks.encoding import Examples
 
 TEXT_LENGTH = 64  # a cache that is short costs little to carry along
-NUM_TEXTS = 128  # written at once
+NUM_TEXTS = 128  # written at once, the least number
+CACHE_SHARE = 0.25  # of a device's memory: it then writes as many texts as fit, at little more time
+MOST_TEXTS = 1024
 
 
 def own_windows(
@@ -41,14 +44,26 @@ def own_windows(
     length = min(TEXT_LENGTH, like.seq_len)
     num_texts = -(-num * like.seq_len // length)
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    num_batches = -(-num_texts // (NUM_TEXTS * ranks))
+    at_once = agreed(texts_at_once(model, length))
+    num_batches = -(-num_texts // (at_once * ranks))
     known = like.tensors["input_ids"].unique()
     mine = [
-        _write(model, known, min(NUM_TEXTS, num_texts), length, seed + index * ranks + rank)
+        _write(model, known, min(at_once, num_texts), length, seed + index * ranks + rank)
         for index in range(num_batches)
     ]
     texts = accelerator.gather(torch.stack(mine)).unflatten(0, (ranks, num_batches))
     return texts.transpose(0, 1).flatten()[: num * like.seq_len].view(num, like.seq_len).cpu()
+
+
+def texts_at_once(model: PreTrainedModel, length: int) -> int:
+    """Texts of `length` tokens that are written together: what the model's device can cache."""
+    if model.device.type != "cuda":
+        return NUM_TEXTS
+    config = model.config.get_text_config()
+    cached = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * length
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    num = int(CACHE_SHARE * memory) // cached // NUM_TEXTS * NUM_TEXTS
+    return max(NUM_TEXTS, min(MOST_TEXTS, num))
 
 
 def with_windows(examples: Examples, windows: Tensor, first: int, seed: int) -> Examples:

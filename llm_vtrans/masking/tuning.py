@@ -100,8 +100,10 @@ class Tuning(nn.Module):
         """
         self.is_on = maps is not None
         for name, parameter in self.maps.items():
-            side = Place.WRITE if _writes(name) else Place.READ
-            parameter.copy_(torch.eye(len(parameter)) if maps is None else maps[side])
+            if maps is None:
+                parameter.zero_().fill_diagonal_(1)
+            else:
+                parameter.copy_(maps[Place.WRITE if _writes(name) else Place.READ])
         for scale in self.scales.values():
             scale.fill_(1)
 
@@ -118,9 +120,9 @@ class Tuning(nn.Module):
         def directions(name: str) -> Tensor | None:
             if name not in self.maps:
                 return None
-            matrix = self.maps[name].detach().cpu()
+            matrix = self.maps[name].detach()
             columns = matrix.T if _writes(name) else matrix
-            return columns if rotation is None else rotation.cpu() @ columns
+            return columns if rotation is None else rotation.to(columns.device) @ columns
 
         return Basis(
             lambda spec, layer: directions(self.map_name(spec, layer)), rotation is not None

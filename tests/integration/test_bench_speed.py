@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eval.bench_speed import exponent
+from eval.speed.kernels import is_product
 from eval.speed.shapes import llama, problem_of, proportional_shape, write_checkpoint
 from llm_vtrans.loading.shaped import empty_network, shaped_config
 from llm_vtrans.loading.source import open_source
@@ -22,20 +23,28 @@ def test_every_section(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", llama(32, 48, 2, 4, vocab_size=512), 10**9)
     command = [
         sys.executable, "eval/bench_speed.py", "--model", str(tmp_path / "model"), "--rounds", "1",
-        "--sections", "step", "inference", "files", "--inference-rounds", "1", "--round-to", "1",
+        "--sections", "step", "kernels", "inference", "files", "--inference-rounds", "1",
+        "--round-to", "1", "8",
         "--batch-size", "2", "--seq-len", "16", "--output", str(tmp_path / "figures.json"),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() == {"step", "inference", "files"}
+    assert figures.keys() == {"step", "kernels", "inference", "files"}
     for name in ("search step / bare", "tune step / bare", "share of it in a search step"):
         assert figures["step"][name] > 0 and f"{name} = " in done.stdout
-    inference = figures["inference"]
-    assert inference["checkpoint, MB"]["pruned"] < 0.7 * inference["checkpoint, MB"]["dense"]
-    assert sum("tokens/s" in name for name in inference) == 4
-    assert all(row["dense"] > 0 and row["pruned"] > 0 for row in inference.values())
+    for name, times in figures["kernels"].items():
+        assert f"largest in a {name}" in done.stdout
+        assert (
+            0 < sum(ms for kernel, ms in times.items() if is_product(kernel)) < sum(times.values())
+        )
+    dense, *pruned = figures["inference"].values()
+    assert [*figures["inference"]] == ["dense", "multiples of 1", "multiples of 8"]
+    assert sum("tokens/s" in name for name in dense) == 4
+    for after in pruned:
+        assert after["checkpoint, MB"] < 0.7 * dense["checkpoint, MB"]
+        assert after.keys() == dense.keys() and all(value > 0 for value in after.values())
     assert all(phase["seconds"] > 0 for phase in figures["files"].values())
 
 
