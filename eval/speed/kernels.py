@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from eval.speed.training import Bench
@@ -44,7 +43,7 @@ def step_kernels(
                 torch.cuda.synchronize()
         times = {}
         for event in profiler.key_averages():
-            if is_cuda and event.device_type is DeviceType.CUDA:
+            if is_cuda and event.device_type.name == "CUDA":
                 times[event.key] = event.self_device_time_total / 1e3
             elif not is_cuda and event.self_cpu_time_total > 0:
                 times[event.key] = event.self_cpu_time_total / 1e3
