@@ -208,7 +208,7 @@ class PruneArguments:
     output: str | None = _option(None, "Folder of the result. Default runs/MODEL-BUDGET.")
     overwrite: bool = _option(False, "Replace an earlier result in --output.")
     shard_size: str = _option("5GB", "Largest shard of the pruned checkpoint.")
-    save_every: int = _option(50, "Steps between two saved training states.")
+    save_every: int = _option(100, "Steps between two saved training states.")
     log_every: int = _option(10, "Steps between two lines of metrics.jsonl.")
     resume: bool = _option(False, "Continue the unfinished run in --output, if there is one.")
     dry_run: bool = _option(False, "Check everything and print the plan, train nothing.")

@@ -24,12 +24,12 @@ from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
-from llm_vtrans.loading.fused_norms import fuse_norms
 from llm_vtrans.loading.model import Weights, fill_model, load_model
 from llm_vtrans.loading.quantised import FULL
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.preparation.batch_fit import has_room
 from llm_vtrans.preparation.prepared import Prepared
 from llm_vtrans.preparation.reuse import reused_masks
 from llm_vtrans.record.manifest import dtype_name, figures, plan_tensors, saved_plan
@@ -50,6 +50,7 @@ from llm_vtrans.training.run_state import (
 )
 from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training.shrinking import Shrinker
+from llm_vtrans.training.smaller import narrow
 from llm_vtrans.training.trained_weights import train_weights
 from llm_vtrans.training.tune import TuneObjective
 
@@ -107,8 +108,7 @@ class Job(Prepared):
         with self.reporter.phase("load"):
             dtype = torch.float32 if self.args.trains_weights else self.dtype
             model = load_model(self.source, dtype, device, self.architecture, self.args.load_in)
-        self.measured.time("dense", model)  # before anything is changed in it
-        fuse_norms(model, self.architecture)
+        self.measured.time("dense", model)  # before anything is hooked onto it
         if not self.args.trains_weights:
             self._connect(model)
         self._check_overflow(model)
@@ -299,6 +299,8 @@ class Job(Prepared):
             if self.saved is None and self.is_fitted:
                 batches = self._first_batches(ROTATION_WINDOWS)
                 self.untuned = self.chooser().fitted(self.plan, batches)
+            if self._narrows():
+                narrow(self.masked, self.source, self.plan, self.args.gradient_checkpointing)
             objective = TuneObjective(
                 self.distillation, gates, self.untuned, sparsity, self.settings
             )
@@ -306,6 +308,14 @@ class Job(Prepared):
             self.masked.set_gates(gates)
             self.measured.stage("tuned", self.masked.model)
             self.masked.set_gates(None)
+
+    def _narrows(self) -> bool:
+        """Whether a network that is cut down is tuned, with the whole one for its teacher."""
+        args = self.args
+        is_whole = args.load_in == FULL and not is_partitioned(self.accelerator)
+        if args.trains_weights or not is_whole:
+            return False
+        return has_room(args, self.source, self.seq_len, self.accelerator)
 
     def rotation_record(self) -> dict[str, Tensor]:
         """The rotation by its name on disk, if there is one."""

@@ -21,7 +21,6 @@ from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.budget.cost import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
 from llm_vtrans.families.base import UNIT_AXES
-from llm_vtrans.loading.fused_norms import fuse_norms
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
@@ -52,7 +51,6 @@ class Bench:
         macs = mac_cost(architecture, seq_len).of(dense_shape(architecture))
         self.operations = 2 * PASSES * batch_size * macs
         self.model = load_model(source, dtype, self.device)
-        fuse_norms(self.model, architecture)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
         tuning = Tuning(architecture, source.family.rotates)
         student = SelfDistillation(MaskedModel(self.model, architecture, tuning))

@@ -84,10 +84,12 @@ class HeadBasis:
         blocks = weight.float().movedim(index, -1).unflatten(-1, (dim.num_blocks, -1, width))
         parts = []
         for block, role in enumerate(dim.roles):
-            maps = self.maps[role][layer, heads, :head_dim]
+            maps = self.maps[role][layer, heads, :head_dim].to(weight.device)
             scale = sqrt(head_dim / width) if role is Role.QUERY else 1.0
             parts.append(
-                torch.einsum("...hd,hed->...he", blocks[..., block, heads, :], maps * scale)
+                torch.einsum(
+                    "...hd,hed->...he", blocks[..., block, heads.to(weight.device), :], maps * scale
+                )
             )
         return torch.stack(parts, dim=-3).flatten(-3).movedim(-1, index)
 

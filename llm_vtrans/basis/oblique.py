@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Architecture, Axis, Place, Stream
 from llm_vtrans.masking.attachment import MaskedModel
@@ -112,8 +113,8 @@ def oblique_basis(
                 moments = [seen[0].new_zeros(size, size, dtype=torch.float32) for _ in range(2)]
             for moment, tensors in zip(moments, (seen, grads), strict=True):
                 for tensor in tensors:
-                    flat = tensor.detach().flatten(0, -2).float()
-                    moment.addmm_(flat.T, flat)
+                    flat = tensor.detach().flatten(0, -2)
+                    add_moment(moment, flat, flat)
     inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
     if not agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all())):
         return None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered, is_writer
 from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
@@ -27,7 +28,7 @@ from llm_vtrans.masking.hooks import removed_after
 class Basis:
     """Directions of the residual stream, as columns of `(hidden_size, hidden_size)` float32.
 
-    The device that they are on is the one that multiplies by them.
+    What they multiply is moved to their device.
 
     Attributes:
         at: of a tensor's row and, inside the layers, its layer. What writes to the stream is
@@ -65,9 +66,9 @@ class Basis:
         columns = self.at(spec, layer)
         if self.is_rotated:
             assert columns is not None
-            return rotate_tensor(weight, spec, columns[:, kept], norm_weight).to(weight.device)
+            return rotate_tensor(weight, spec, columns[:, kept], norm_weight)
         if columns is not None and (spec.is_write or spec.stream is Stream.READS):
-            return _along_hidden(weight, spec, columns[:, kept]).to(weight.device)
+            return _along_hidden(weight, spec, columns[:, kept])
         return select_hidden(weight, spec, kept)
 
 
@@ -75,7 +76,7 @@ def select_hidden(weight: Tensor, spec: TensorSpec, kept: Tensor) -> Tensor:
     """The entries of kept hidden dimensions, wherever a tensor has that axis."""
     for index, dim in enumerate(spec.dims):
         if dim.axis is Axis.HIDDEN:
-            weight = weight.index_select(index, kept)
+            weight = weight.index_select(index, kept.to(weight.device))
     return weight
 
 
@@ -181,9 +182,10 @@ def principal_basis(
     moment = torch.zeros(size, size, dtype=torch.float32, device=device)
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-12)
-        moment.addmm_(x.T, x)
+        stream = args[0].detach().flatten(0, -2)
+        x = stream.float()
+        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-12)).to(stream.dtype)
+        add_moment(moment, x, x)
 
     hooks = [
         model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(observe)

@@ -20,7 +20,7 @@ from llm_vtrans.tasks.encoding import Examples
 
 TEXT_LENGTH = 64  # a cache that is short costs little to carry along
 NUM_TEXTS = 128  # written at once, the least number
-CACHE_SHARE = 0.25  # of a device's memory: it then writes as many texts as fit, at little more time
+CACHE_SHARE = 0.5  # of a device's memory beside the model: more texts at once take little longer
 MOST_TEXTS = 1024
 
 
@@ -62,7 +62,8 @@ def texts_at_once(model: PreTrainedModel, length: int) -> int:
     config = model.config.get_text_config()
     cached = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * length
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    num = int(CACHE_SHARE * memory) // cached // NUM_TEXTS * NUM_TEXTS
+    free = memory - sum(p.numel() * p.itemsize for p in model.parameters())
+    num = int(CACHE_SHARE * free) // cached // NUM_TEXTS * NUM_TEXTS
     return max(NUM_TEXTS, min(MOST_TEXTS, num))
 
 

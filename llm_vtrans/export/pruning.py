@@ -63,6 +63,7 @@ class Pruning:
         basis: of the residual stream, or None.
         dtype: of the written tensors; None keeps each tensor's own.
         scales: factors `(width,)` by `scale_name`; ones where missing.
+        device: that computes, one tensor at a time.
     """
 
     source: Checkpoint
@@ -71,6 +72,7 @@ class Pruning:
     basis: Basis | None = None
     dtype: torch.dtype | None = None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # it is immutable
 
     def tensors(self) -> dict[str, tuple[str, TensorSpec, int | None]]:
         """Written name -> (source name, row, original layer), in writing order."""
@@ -113,13 +115,14 @@ class Pruning:
         info = self.source.tensors[source_name]
         dtype = self.dtype or info.dtype
         if spec.dims[0].axis is not None:
-            return self._transform(self.source.read(source_name), spec, layer).to(dtype)
+            weight = self.source.read(source_name).to(self.device)
+            return self._transform(weight, spec, layer).to(dtype)
         rows = info.shape[0]
         step = max(1, CHUNK_BYTES // (4 * (info.num_bytes // info.dtype.itemsize // rows)))
         pruned = torch.empty(self.written_shape(spec, layer), dtype=dtype)
         for start in range(0, rows, step):
             part = self.source.read_rows(source_name, start, min(start + step, rows))
-            pruned[start : start + step] = self._transform(part, spec, layer)
+            pruned[start : start + step] = self._transform(part.to(self.device), spec, layer)
         return pruned
 
     def _transform(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
@@ -141,7 +144,7 @@ class Pruning:
             assert self.plan.basis is not None, "dimensions inside heads need a basis"
             units = self.kept(dim.axis, layer)
             return self.plan.basis.apply(weight, index, dim, layer, units, self._width(dim))
-        return weight.index_select(index, self.entries(dim, layer))
+        return weight.index_select(index, self.entries(dim, layer).to(weight.device))
 
     def entries(self, dim: Dim, layer: int | None) -> Tensor:
         """Indices of the entries of a dimension that belong to kept units, or all."""
@@ -168,7 +171,8 @@ class Pruning:
     def fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         """What is kept of a tensor, with gates, factors and the norm's correction folded in."""
         if spec.stream in (Stream.SCALES, Stream.SHIFTS, Stream.RENEWS):
-            return (weight + spec.offset) * self._norm_factor(spec, layer) - spec.offset
+            factor = self._norm_factor(spec, layer).to(weight.device)
+            return (weight + spec.offset) * factor - spec.offset
         if not spec.is_write:
             return weight
         for index, dim in enumerate(spec.dims):
@@ -178,7 +182,8 @@ class Pruning:
                 factor = self._hidden_factor(spec, layer)
             else:
                 factor = self._unit_factor(dim, spec, layer)
-            weight = weight * factor.view([-1 if i == index else 1 for i in range(weight.dim())])
+            shape = [-1 if i == index else 1 for i in range(weight.dim())]
+            weight = weight * factor.view(shape).to(weight.device)
         return weight
 
     def _norm_factor(self, spec: TensorSpec, layer: int | None) -> Tensor:

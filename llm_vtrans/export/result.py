@@ -73,10 +73,10 @@ def _pruning(job: Job) -> Iterator[Pruning]:
     args, architecture, rotation = job.args, job.architecture, job.rotation
     dense = job.source.checkpoint
     dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-    factors = job.tuning.factors()
+    factors, device = job.tuning.factors(), job.accelerator.device
     if not args.trains_weights:
         basis = job.tuning.basis(rotation)
-        yield Pruning(dense, architecture, job.plan, basis, dtype, factors)
+        yield Pruning(dense, architecture, job.plan, basis, dtype, factors, device)
         return
     # Trained weights are stored rotated and in float32.
     basis = job.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
@@ -85,4 +85,4 @@ def _pruning(job: Job) -> Iterator[Pruning]:
     with stored_weights(
         job.masked.model, architecture, dense, folder, args.shard_bytes()
     ) as trained:
-        yield Pruning(trained, architecture, job.plan, basis, dtype, factors)
+        yield Pruning(trained, architecture, job.plan, basis, dtype, factors, device)

@@ -12,7 +12,9 @@ that are present (METHOD, section 6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from llm_vtrans.families.base import (
     TensorSpec,
     head_of,
 )
+from llm_vtrans.masking.fused_norms import NamedTensors, fuse_norms
 from llm_vtrans.masking.gating import (
     apply_gate,
     map_heads,
@@ -45,12 +48,28 @@ KEPT_HIDDEN = "hidden.kept"  # indices of the hidden dimensions that stay, once 
 # Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
 PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
 
+PROJECTED = dict.fromkeys(PROJECTORS.values(), Axis.HEADS)
+
 LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
 TOKEN_HEADS = (*LINEAR_HEADS, "ForMaskedLM")
 RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
 
 Gates = Mapping[str, Tensor]
-NamedTensors = Mapping[str, tuple[TensorSpec, int | None]]
+
+
+class Alive:
+    """Indices of the units that a smaller network has, `(num_kept,)` each.
+
+    Args:
+        keep: booleans `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, on the network's device.
+    """
+
+    def __init__(self, keep: Gates):
+        self.hidden = torch.nonzero(keep[Axis.HIDDEN]).flatten()
+        self.units = {
+            axis: [torch.nonzero(row).flatten() for row in keep[axis]]
+            for axis in UNIT_AXIS.values()
+        }
 
 
 class MaskedModel(nn.Module):
@@ -67,7 +86,9 @@ class MaskedModel(nn.Module):
         self.architecture = architecture
         # Not one of this module's own: ZeRO-3 would slice it with the weights.
         self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
+        self._whole: list[Any] = [model]
         self._gates: Gates | None = None
+        self._maps: dict[str, Tensor] = {}  # of the present pass
         self._added: dict[tuple[int | None, int], Tensor] = {}  # to the stream, by sub-layer
         self.attach(model.requires_grad_(False), architecture.named_tensors())
 
@@ -79,16 +100,30 @@ class MaskedModel(nn.Module):
             tensors: name in it -> row and original layer.
             alive: booleans as gates are shaped, which of their units it has; None for all.
         """
-        self.run(model, alive)
+        fuse_norms(model, tensors)
+        self.run(model, None if alive is None else Alive(alive))
+        # In front of all layers: what they share must not be part of one that is recomputed.
+        self.model.base_model.register_forward_pre_hook(self._prepare_maps)
         for name, (spec, layer) in tensors.items():
             path, _, leaf = name.rpartition(".")
             if leaf == "weight":
                 self._hook(path, spec, layer)
 
-    def run(self, model: nn.Module, alive: Gates | None = None) -> None:
+    def run(self, model: nn.Module, alive: Alive | None = None) -> None:
         """Makes a network that gates were hooked onto the one that is run."""
         self.model: Any = model
         self._alive = alive
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Runs the whole network meanwhile, without gates; none are in force afterwards."""
+        present = self.model, self._alive
+        self.set_gates(None)
+        self.run(self._whole[0])
+        try:
+            yield
+        finally:
+            self.run(*present)
 
     @property
     def tuning(self) -> Tuning:
@@ -111,20 +146,21 @@ class MaskedModel(nn.Module):
         assert self._alive is not None
         reduced: dict[str, Any] = dict(gates)
         for name in gates.keys() & {Axis.HIDDEN, PRESENT_HIDDEN}:
-            reduced[name] = gates[name][self._alive[Axis.HIDDEN]]
-        for axis in gates.keys() & set(UNIT_AXIS.values()):
-            rows = zip(gates[axis], self._alive[axis], strict=True)
-            reduced[axis] = [row[keep] for row, keep in rows]
+            reduced[name] = gates[name].index_select(0, self._alive.hidden)
+        units: dict[str, Axis] = {**{axis: axis for axis in UNIT_AXIS.values()}, **PROJECTED}
+        for name in gates.keys() & units.keys():
+            rows = zip(gates[name], self._alive.units[units[name]], strict=True)
+            reduced[name] = [row.index_select(0, kept) for row, kept in rows]
         return reduced
 
     def whole_stream(self, hidden: Tensor) -> Tensor:
         """The residual stream `(..., present)` at full width, zeros where dimensions are gone."""
         if self._alive is None:
             return hidden
-        alive = self._alive[Axis.HIDDEN]
+        width, alive = self.architecture.num_units[Axis.HIDDEN], self._alive.hidden
         if self.architecture.norm is Norm.RMS:  # it was scaled for the norm's mean, see export
-            hidden = hidden * (len(alive) / alive.sum()).sqrt()
-        whole = hidden.new_zeros(*hidden.shape[:-1], len(alive))
+            hidden = hidden * math.sqrt(width / len(alive))
+        whole = hidden.new_zeros(*hidden.shape[:-1], width)
         whole[..., alive] = hidden
         return whole
 
@@ -154,11 +190,12 @@ class MaskedModel(nn.Module):
     def _hook(self, path: str, spec: TensorSpec, layer: int | None) -> None:
         """Registers what one weight's row of the table asks for."""
         module = self.model.get_submodule(path)
+        name = spec.name.format(layer).rpartition(".")[0]  # of the module in the whole network
         if spec.stream in (Stream.SCALES, Stream.RENEWS):
             if self.architecture.norm is Norm.LAYER:
-                module.register_forward_hook(self._normalise(path, spec, layer))
+                module.register_forward_hook(self._normalise(name, spec, layer))
             else:
-                module.register_forward_hook(self._tune_norm(path, spec, layer))
+                module.register_forward_hook(self._tune_norm(name, spec, layer))
             return
         if spec.stream is Stream.TAKES:
             module.register_forward_pre_hook(self._keep_present)
@@ -173,8 +210,21 @@ class MaskedModel(nn.Module):
         if spec.is_write:
             for dim in spec.dims:
                 if dim.axis not in (Axis.HIDDEN, None):
-                    module.register_forward_pre_hook(self._gate_input(path, dim, layer))
-            module.register_forward_hook(self._gate_output(path, spec, layer))
+                    module.register_forward_pre_hook(self._gate_input(name, dim, layer))
+            module.register_forward_hook(self._gate_output(name, spec, layer))
+
+    def _unit_scale(self, path: str, dim: Dim, layer: int | None) -> Tensor | None:
+        """Factors of the units that the network has, one for each of a module's inputs."""
+        scale = self.tuning.scale(path, INPUT)
+        if scale is None:
+            return None
+        width = self.architecture.units_per(dim)
+        if len(scale) < dim.size:
+            scale = scale.repeat_interleave(width)
+        if self._alive is None or dim.axis is None or layer is None:
+            return scale
+        kept = self._alive.units[dim.axis][layer]
+        return scale.view(-1, width).index_select(0, kept).flatten()
 
     def _gate_input(self, path: str, dim: Dim, layer: int | None) -> Callable[..., Any]:
         width = self.architecture.units_per(dim)
@@ -182,9 +232,7 @@ class MaskedModel(nn.Module):
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self._gates is None:
                 return None
-            scale = self.tuning.scale(path, INPUT)
-            if scale is not None and len(scale) < dim.size:
-                scale = scale.repeat_interleave(width)
+            scale = self._unit_scale(path, dim, layer)
             gate = None
             if dim.axis is not None and dim.axis in self._gates:
                 gate = self._gates[dim.axis][layer].repeat_interleave(width)
@@ -193,23 +241,33 @@ class MaskedModel(nn.Module):
 
         return hook
 
+    def _prepare_maps(self, *_: Any) -> None:
+        if self._gates is not None:
+            kept = self._gates.get(KEPT_HIDDEN)
+            self._maps = self.tuning.prepared(kept, self.model.dtype)
+
+    def _map(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
+        return self._maps.get(self.tuning.map_name(spec, layer))
+
     def _tune_norm(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         """Factors of an RMSNorm, and the map in front of what reads the stream."""
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
             if self._gates is None:
                 return None
-            scale, matrix = self.tuning.scale(path, OUTPUT), self.tuning.map(spec, layer)
-            if matrix is not None:
-                matrix = matrix if scale is None else matrix * scale
-                return map_read(output, matrix, self._gates.get(KEPT_HIDDEN))
-            return None if scale is None else apply_gate(output, scale)
+            scale, matrix = self.tuning.scale(path, OUTPUT), self._map(spec, layer)
+            if matrix is None:
+                return None if scale is None else apply_gate(output, scale)
+            kept = self._gates.get(KEPT_HIDDEN)
+            if scale is not None:  # on the matrix, which is small: activations are not
+                matrix = apply_gate(matrix, _select(scale, kept))
+            return map_read(output, matrix, kept)
 
         return hook
 
     def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._gates is None or (matrix := self.tuning.map(spec, layer)) is None:
+            if self._gates is None or (matrix := self._map(spec, layer)) is None:
                 return None
             return (map_read(args[0], matrix, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
@@ -226,10 +284,11 @@ class MaskedModel(nn.Module):
             if part is not None and "layers" in gates:
                 gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
-            matrix = self.tuning.map(spec, layer)
+            matrix, kept = self._map(spec, layer), gates.get(KEPT_HIDDEN)
             if matrix is not None:
-                matrix = matrix if factor is None else factor[:, None] * matrix
-                output = map_written(output, matrix, gates.get(KEPT_HIDDEN))
+                if factor is not None:
+                    matrix = apply_gate(matrix.T, _select(factor, kept)).T
+                output = map_written(output, matrix, kept)
             elif factor is not None:
                 output = apply_gate(output, factor)
             if spec.stream is Stream.JOINS and part is not None and PRESENT_LAYERS in gates:
@@ -254,8 +313,7 @@ class MaskedModel(nn.Module):
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             output = output if factor is None else apply_gate(output, factor)
             if not is_stream:
-                matrix = self.tuning.map(spec, layer)
-                kept = gates.get(KEPT_HIDDEN)
+                matrix, kept = self._map(spec, layer), gates.get(KEPT_HIDDEN)
                 return output if matrix is None else map_read(output, matrix, kept)
             if part is not None and PRESENT_LAYERS in gates:
                 # Without the norm the noise of an absent sub-layer would stay in the stream.
@@ -310,6 +368,10 @@ def logits_of(output: Any) -> Tensor:
 def _named(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Model inputs by name; tokens alone may come without one."""
     return {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _select(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else values.index_select(0, kept)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

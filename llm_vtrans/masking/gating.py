@@ -40,18 +40,16 @@ def map_read(stream: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
 
     Args:
         stream: `(..., width)` in the model's dtype.
-        matrix: `(width, width)` float32, factors folded in: it is small, activations are not.
+        matrix: `(width, num_kept)` in that dtype.
         kept: `(num_kept,)` indices; None for all.
     """
     if kept is not None:
-        stream, matrix = stream.index_select(-1, kept), matrix.index_select(1, kept)
+        stream = stream.index_select(-1, kept)
     return nn.functional.linear(stream, matrix.to(stream.dtype))
 
 
 def map_written(output: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
-    """Maps what is written to the stream, as `map_read`; zeros in the dimensions that went."""
-    if kept is not None:
-        matrix = matrix.index_select(0, kept)
+    """Maps what is written to the stream by `(num_kept, width)`; zeros where dimensions went."""
     mapped = nn.functional.linear(output, matrix.to(output.dtype))
     if kept is None:
         return mapped

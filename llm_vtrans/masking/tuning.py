@@ -86,9 +86,21 @@ class Tuning(nn.Module):
             return spec.place.value
         return f"{spec.place.value}{spec.depth(layer) // self._sublayers_per_map}"
 
-    def map(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
-        """Map of what is written or read where a tensor is, `(hidden_size, hidden_size)`."""
-        return self.maps.get(self.map_name(spec, layer)) if self.is_on else None
+    def prepared(self, kept: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The maps by `map_name`, as a pass needs them: made once for all places that share them.
+
+        Args:
+            kept: indices of the hidden dimensions that stay, `(num_kept,)`; None for all.
+            dtype: of the activations.
+
+        Returns:
+            `(num_kept, hidden_size)` of what is written, `(hidden_size, num_kept)` of what is
+            read; nothing unless the tuning acts.
+        """
+        maps: dict[str, Tensor] = dict(self.maps.items()) if self.is_on else {}
+        if kept is not None:
+            maps = {n: m.index_select(0 if _writes(n) else 1, kept) for n, m in maps.items()}
+        return {name: matrix.to(dtype) for name, matrix in maps.items()}
 
     @torch.no_grad()
     def start(self, maps: Mapping[Place, Tensor] | None) -> None:

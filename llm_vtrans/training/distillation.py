@@ -88,8 +88,8 @@ class SelfDistillation(Distillation):
     @torch.no_grad()
     def teach(self, inputs: Batch) -> Taught:
         """Outputs, and layers where they are matched."""
-        self.masked.set_gates(None)
-        outputs, layers = self._run(inputs)
+        with self.masked.unpruned():
+            outputs, layers = self._run(inputs)
         return Taught(outputs, spaced(layers) if layers else [])
 
     def loss(self, inputs: Batch, taught: Taught) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Stream, TensorSpec
 from llm_vtrans.masking.attachment import (
@@ -86,10 +87,10 @@ def _refit(
             s = s if kept is None else s[:, kept]
             if name not in moments:
                 shapes = (s.shape[1], s.shape[1]), (x.shape[1], s.shape[1])
-                moments[name] = [s.new_zeros(shape) for shape in shapes]
+                moments[name] = [s.new_zeros(shape, dtype=torch.float32) for shape in shapes]
             gram, cross = moments[name]
-            gram.addmm_(s.T, s)
-            cross.addmm_(x.T, s)
+            add_moment(gram, s, s)
+            add_moment(cross, x, s)
     for name, (gram, cross) in moments.items():
         matrix = masked.tuning.maps[name]
         columns = torch.arange(len(matrix), device=matrix.device) if kept is None else kept
@@ -173,6 +174,6 @@ def _read(
 
 
 def _tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of what is no padding, `(tokens, hidden_size)` float32."""
-    rows = stream.flatten(0, -2).float()
+    """Rows of what is no padding, `(tokens, hidden_size)`."""
+    rows = stream.flatten(0, -2)
     return rows if mask is None else rows[mask.flatten() > 0]

@@ -10,29 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.allocate import allocate
 from llm_vtrans.budget.cost import complete
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Axis, Sublayer, TensorSpec
-from llm_vtrans.loading.shaped import empty_network, shaped_config
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import SHARPNESS, VIBMasks, keep_probability
-from llm_vtrans.training.distillation import recompute
+from llm_vtrans.training.smaller import Keep, bound, cut, smaller_network
 
 GIVEN_UP = 0.01  # keep probability from which a unit does not come back
 NEVER = 20.0  # `log_var` of a unit that went: no rank is lower
 PREFIX = "alive."  # of tensors in a saved state
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-Keep = Mapping[str, Tensor]
 
 
 @dataclass
@@ -105,12 +101,14 @@ class Shrinker:
             alive: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`.
             optimizer: of the weights, if they were trained before.
         """
-        weights, pruning = self._weights(), self._bind(alive)
-        small, tensors = self._build(pruning), pruning.tensors()
+        weights = self._weights()
+        pruning = bound(alive, self.source, self.problem.architecture)
+        small = smaller_network(pruning, self.source, self._whole, self.recomputes)
+        tensors = pruning.tensors()
         for name, (source, spec, layer) in tensors.items():
             parameter = small.get_parameter(name)
-            cut = _cut(weights[source], pruning, spec, layer)
-            parameter.copy_(pruning.fold(cut, spec, layer))
+            kept = cut(weights[source], pruning, spec, layer)
+            parameter.copy_(pruning.fold(kept, spec, layer))
             parameter.requires_grad_(self._whole.get_parameter(source).requires_grad)
         if optimizer is not None:
             self._hand_over(optimizer, small, pruning)
@@ -150,23 +148,6 @@ class Shrinker:
         if f"{PREFIX}{Axis.HIDDEN}" in saved:
             self.shrink({axis.value: saved[f"{PREFIX}{axis}"].bool() for axis in UNIT_AXES})
 
-    def _bind(self, keep: Keep) -> Pruning:
-        ones = {name: torch.ones(tensor.shape) for name, tensor in keep.items()}
-        gate = {**ones, "layers": torch.ones(self.problem.architecture.num_layers, len(Sublayer))}
-        return Pruning(self.source.checkpoint, self.problem.architecture, PrunePlan(keep, gate))
-
-    def _build(self, pruning: Pruning) -> Any:
-        """The per-layer network of a shape, as its checkpoint would load."""
-        shape, source = pruning.plan.shape, self.source
-        config = shaped_config(
-            source.family, source.config, pruning.architecture, shape, is_uniform=False
-        )
-        device = next(self._whole.parameters()).device
-        built = empty_network(source, config, torch.float32, device).train(self._whole.training)
-        if self.recomputes:
-            recompute(built)
-        return built
-
     def _weights(self) -> dict[str, Tensor]:
         """Weights that are left, as those of a whole network, on the CPU."""
         present = {n: p.detach().cpu() for n, p in self.masked.model.named_parameters()}
@@ -203,7 +184,7 @@ class Shrinker:
                 optimizer.state[parameter] = {
                     "step": steps[0].clone(),
                     **{
-                        key: _cut(full[source], pruning, spec, layer).to(parameter.device)
+                        key: cut(full[source], pruning, spec, layer).to(parameter.device)
                         for key, full in moments.items()
                     },
                 }
@@ -217,15 +198,8 @@ def _all(keep: Keep) -> dict[str, Tensor]:
     return {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in keep.items()}
 
 
-def _cut(weight: Tensor, pruning: Pruning, spec: TensorSpec, layer: int | None) -> Tensor:
-    """Entries of kept units."""
-    for index, dim in enumerate(spec.dims):
-        weight = weight.index_select(index, pruning.entries(dim, layer))
-    return weight
-
-
 def _spread(small: Tensor, pruning: Pruning, spec: TensorSpec, layer: int | None) -> Tensor:
-    """Kept entries in their places, zeros in the others: `_cut` backwards."""
+    """Kept entries in their places, zeros in the others: `cut` backwards."""
     for index, dim in enumerate(spec.dims):
         shape = [*small.shape]
         shape[index] = dim.size

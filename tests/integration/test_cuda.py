@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.calibration.own_words import NUM_TEXTS, texts_at_once
 from llm_vtrans.families import Axis
-from llm_vtrans.loading.fused_norms import FusedNorm, fuse_norms
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.fused_norms import FusedNorm, fuse_norms
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.timing.latency import Pass
 from tests.runs import ROOT, SEQ_LEN, finish, flags, write_inputs
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
-TOLERANCE = 1e-3  # of a perplexity, masked against written
+TOLERANCE, ROUNDED = 1e-3, 2e-2  # of a perplexity, masked against written, in float32 or less
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def pruned(arguments: list[str], *launcher: str) -> dict[str, Any]:
     if is_recovered:  # then what is written is another network
         assert score["pruned"] > 0
     else:
-        rel = 20 * TOLERANCE if "bfloat16" in arguments else TOLERANCE
+        rel = TOLERANCE if "float32" in arguments else ROUNDED
         assert score["pruned"] == pytest.approx(score["tuned"], rel=rel)
     return manifest
 
@@ -58,7 +58,8 @@ def pruned(arguments: list[str], *launcher: str) -> dict[str, Any]:
     "more",
     [
         (),
-        ("--layout", "per-layer", "--dtype", "bfloat16"),
+        ("--dtype", "float32"),
+        ("--dtype", "float32", "--layout", "per-layer"),
         ("--variant", "vtrans", "--shrink-every", "2"),
         ("--recover", "least-squares"),
         ("--gradient-checkpointing", "--round-to", "auto", "--batch-size", "1"),
@@ -110,7 +111,6 @@ def test_masked_networks_compute_what_they_do_on_a_processor(name: str, tmp_path
     found = []
     for device in (torch.device("cpu"), CUDA):
         model = load_model(source, torch.float32, device)
-        fuse_norms(model, architecture)
         tuning = Tuning(architecture, source.family.rotates).to(device)
         masked = MaskedModel(model, architecture, tuning)
         tuning.is_on = True
@@ -128,7 +128,7 @@ def test_norms_are_fused_and_texts_written_together(tmp_path: Path) -> None:
     model = load_model(source, torch.bfloat16, CUDA)
     x = torch.randn(3, source.architecture.num_units[Axis.HIDDEN], device=CUDA).bfloat16()
     before = model.model.norm(x)
-    fuse_norms(model, source.architecture)
+    fuse_norms(model, source.architecture.named_tensors())
     assert isinstance(model.model.norm, FusedNorm)
     torch.testing.assert_close(model.model.norm(x), before, rtol=2**-7, atol=0)
     assert texts_at_once(model, 8) > NUM_TEXTS
