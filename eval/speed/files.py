@@ -17,13 +17,10 @@ from pathlib import Path
 
 import torch
 
-from eval.baselines.network import zeros
-from eval.speed.shapes import SHARD_SIZE, problem_of, proportional_shape
-from llm_vtrans.allocation.allocate import Allocator
+from eval.speed.shapes import SHARD_SIZE, problem_of, proportional_plan
 from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.export.pruning import Pruning, export_model
 from llm_vtrans.families import Axis
-from llm_vtrans.families.base import UNIT_AXES
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.record.reporting import peak_rss
@@ -56,16 +53,7 @@ def export(folder: Path, out: Path, is_rotated: bool = False) -> None:
     """Exports random units at half of all parameters."""
     source = open_source(str(folder))
     architecture = source.architecture
-    problem = problem_of(architecture, 0.5)
-    shape = proportional_shape(architecture, problem)
-    counts = (shape.hidden, shape.heads[0], shape.ffn[0])
-    draw = torch.Generator().manual_seed(0)
-    scores = {
-        name: torch.rand(empty.shape, generator=draw, dtype=torch.float64)
-        for name, empty in zeros(architecture, *UNIT_AXES).items()
-    }
-    fixed = dict(zip(UNIT_AXES, counts, strict=True))
-    plan = Allocator(scores, {}, problem).plan(fixed=fixed)
+    plan = proportional_plan(problem_of(architecture, 0.5))
     size = architecture.num_units[Axis.HIDDEN]
     rotation = torch.linalg.qr(torch.randn(size, size))[0]
     basis = Basis.rotation(rotation) if is_rotated else None

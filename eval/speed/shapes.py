@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from eval.baselines.network import zeros
+from llm_vtrans.allocation.allocate import Allocator, PrunePlan
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem, uniform_shape
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.export.shard_writer import ShardWriter
 from llm_vtrans.families import Architecture, Axis, Shape, family_for
+from llm_vtrans.families.base import UNIT_AXES
 
 RANDOM = "random:"  # in front of a size, in place of a folder
 VOCAB_SIZE = 32000
@@ -87,3 +90,16 @@ def proportional_shape(architecture: Architecture, problem: Problem) -> Shape:
         if problem.used(shape) <= 1:
             return shape
     raise ValueError("no proportional shape is within the budget")
+
+
+def proportional_plan(problem: Problem) -> PrunePlan:
+    """Random units to keep, as many as `proportional_shape` says."""
+    architecture = problem.architecture
+    shape = proportional_shape(architecture, problem)
+    counts = (shape.hidden, shape.heads[0], shape.ffn[0])
+    draw = torch.Generator().manual_seed(0)
+    scores = {
+        name: torch.rand(empty.shape, generator=draw, dtype=torch.float64)
+        for name, empty in zeros(architecture, *UNIT_AXES).items()
+    }
+    return Allocator(scores, {}, problem).plan(fixed=dict(zip(UNIT_AXES, counts, strict=True)))

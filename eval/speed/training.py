@@ -2,7 +2,7 @@
 
 Bare: teacher forward, forward, cross-entropy, backward to the embeddings. Search step: the
 same with masks, distillation, KL, budget penalty and optimizer. Tune step: the same with maps
-and factors. All run in turn in one process.
+and factors, on a network from which half of the parameters went. All run in turn in one process.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_vtrans.allocation.allocate import PrunePlan
+from eval.speed.shapes import problem_of, proportional_plan
 from llm_vtrans.allocation.choosing import hard_gates
-from llm_vtrans.budget.cost import Budget, Limit, complete, dense_shape, mac_cost, parameter_cost
-from llm_vtrans.families.base import UNIT_AXES
+from llm_vtrans.budget.cost import dense_shape, mac_cost
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
@@ -31,9 +30,11 @@ from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.distillation_loss import distillation_loss
 from llm_vtrans.training.loop import Objective, TrainingSettings
 from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
+from llm_vtrans.training.smaller import narrow
 from llm_vtrans.training.tune import TuneObjective
 
 T = TypeVar("T")
+SPARSITY = 0.5
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 PASSES = 3  # of two operations per multiply-accumulate: teacher, student, gradients of activations
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -46,22 +47,21 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = open_source(name)
         architecture = source.architecture
-        cost = parameter_cost(architecture)
-        self.num_params = dense = cost.of(dense_shape(architecture))
+        self.num_params = architecture.num_parameters
         macs = mac_cost(architecture, seq_len).of(dense_shape(architecture))
         self.operations = 2 * PASSES * batch_size * macs
         self.model = load_model(source, dtype, self.device)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
-        tuning = Tuning(architecture, source.family.rotates)
-        student = SelfDistillation(MaskedModel(self.model, architecture, tuning))
+        problem = problem_of(architecture, SPARSITY)
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
-        limits = (Limit(cost, Budget("params", dense // 2, dense)),)
-        self.objective = SearchObjective(student, masks, limits, settings).to(self.device)
-        ones = complete({"layers": torch.ones(1, 1)}, architecture)
-        keep = {axis.value: ones[axis].bool() for axis in UNIT_AXES}
-        keep["hidden"][::2] = False  # of the size of a plan that removes half
-        gates = hard_gates(PrunePlan(keep, ones), self.device)
-        self.tune_objective = TuneObjective(student, gates, 1.0, 0.0, settings).to(self.device)
+        student = SelfDistillation(MaskedModel(self.model, architecture))
+        self.objective = SearchObjective(student, masks, problem.limits, settings).to(self.device)
+        plan = proportional_plan(problem)
+        tuning = Tuning(architecture, source.family.rotates).to(self.device)
+        narrowed = SelfDistillation(MaskedModel(self.model, architecture, tuning))
+        narrow(narrowed.masked, source, plan)
+        gates = hard_gates(plan, self.device)
+        self.tune_objective = TuneObjective(narrowed, gates, 1.0, 0.0, settings)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)
@@ -83,7 +83,6 @@ class Bench:
 
     def bare(self) -> Tensor:
         """Teacher forward, forward, loss and backward without anything of ours."""
-        self.objective.masked.set_gates(None)
         with torch.no_grad():
             self.model(input_ids=self.tokens, use_cache=False)
         embedded = self.model.get_input_embeddings()(self.tokens).detach().requires_grad_()
@@ -94,13 +93,15 @@ class Bench:
 
     def search_step(self) -> Tensor:
         """A whole step of the mask search."""
-        self.tune_objective.masked.tuning.is_on = False
-        return self._step(self.objective, self.optimizer, 0)
+        loss = self._step(self.objective, self.optimizer, 0)
+        self.objective.masked.set_gates(None)  # both stages' hooks are on the one network
+        return loss
 
     def tune_step(self) -> Tensor:
         """A whole step of the tuning that follows."""
-        self.tune_objective.masked.tuning.is_on = True
-        return self._step(self.tune_objective, self.tune_optimizer, 1)
+        loss = self._step(self.tune_objective, self.tune_optimizer, 1)
+        self.tune_objective.masked.set_gates(None)
+        return loss
 
     def _step(self, objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> Tensor:
         objective.schedule(optimizer, step)
@@ -113,8 +114,6 @@ class Bench:
     def pieces(self) -> None:
         """The same step, its pieces timed one by one."""
         objective, masked, masks = self.objective, self.objective.masked, self.objective.masks
-        masked.tuning.is_on = False
-        masked.set_gates(None)
         with torch.no_grad():
             teacher = self.timed("teacher forward", lambda: masked(self.tokens))
         gates: dict[str, Tensor] = {}
@@ -138,6 +137,7 @@ class Bench:
         self.timed("backward", total.backward)
         self.timed("optimizer", self.optimizer.step)
         self.optimizer.zero_grad()
+        masked.set_gates(None)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Pruning:
         info = self.source.tensors[source_name]
         dtype = self.dtype or info.dtype
         if spec.dims[0].axis is not None:
-            weight = self.source.read(source_name).to(self.device)
+            weight = self.source.read(source_name, self.device)
             return self._transform(weight, spec, layer).to(dtype)
         rows = info.shape[0]
         step = max(1, CHUNK_BYTES // (4 * (info.num_bytes // info.dtype.itemsize // rows)))
@@ -159,7 +159,7 @@ class Pruning:
         if spec.norm is None:
             return None
         offset = self.architecture.row(spec.norm).offset
-        return self.source.read(spec.norm.format(layer)) + offset
+        return self.source.read(spec.norm.format(layer), self.device) + offset
 
     @property
     def _shrunk(self) -> float:

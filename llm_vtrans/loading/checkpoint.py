@@ -46,6 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 
+CPU = torch.device("cpu")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_SIZE = 2**63 - 1  # of a dimension, and of a tensor's bytes
@@ -119,15 +120,15 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(info.num_bytes for info in self.tensors.values())
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, in memory of its own on the CPU.
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """The whole tensor, in memory of its own on a device.
 
         Raises:
             KeyError: the checkpoint has no such tensor.
             UserError: the file has been changed or cannot be read.
         """
         info = self.tensors[name]
-        return _read_bytes(info, 0, info.num_bytes).view(info.dtype).reshape(info.shape)
+        return _read_bytes(info, 0, info.num_bytes, device).view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` of dimension 0; only their bytes are read.
@@ -161,9 +162,10 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
+def _read_bytes(info: TensorInfo, start: int, stop: int, device: torch.device = CPU) -> Tensor:
     """Bytes `[start, stop)` of a tensor as uint8; the file is closed again."""
-    data = torch.empty(stop - start, dtype=torch.uint8)
+    # Memory that a GPU copies from at full speed; torch keeps it for the next tensor.
+    data = torch.empty(stop - start, dtype=torch.uint8, pin_memory=device.type == "cuda")
     try:
         with info.file.open("rb") as file:
             file.seek(info.offset + start)
@@ -175,7 +177,7 @@ def _read_bytes(info: TensorInfo, start: int, stop: int) -> Tensor:
             f"{info.file}: ends {stop - start - count} bytes early, so it has changed since the "
             f"start of the run; {_DOWNLOAD_AGAIN}."
         )
-    return data
+    return data.to(device)
 
 
 def _check_links(folder: Path) -> None:

@@ -41,15 +41,15 @@ class Weights:
     basis: Tensor | None = None
     form: str = FULL
 
-    def read(self, name: str) -> Tensor:
-        """One tensor from the shards, rotated.
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """One tensor from the shards on a device, rotated.
 
         Raises:
             UserError: it is NaN or infinite somewhere.
         """
         checkpoint = self.source.checkpoint
         stored = stored_name(name, checkpoint, self.architecture)
-        weight = checkpoint.read(stored)
+        weight = checkpoint.read(stored, device)
         # Extremes are NaN where any value is; of all such tests this one makes no copy.
         if not all(math.isfinite(extreme) for extreme in weight.aminmax()):
             raise UserError(
@@ -62,8 +62,8 @@ class Weights:
         norm = None
         if spec.norm is not None:
             offset = self.architecture.row(spec.norm).offset
-            norm = checkpoint.read(spec.norm.format(layer)) + offset
-        return rotate_tensor(weight, spec, self.basis, norm)
+            norm = checkpoint.read(spec.norm.format(layer), device) + offset
+        return rotate_tensor(weight, spec, self.basis.to(device), norm)
 
 
 def load_model(
@@ -129,12 +129,13 @@ def fill_model(
         with gathered([parameter]):
             if damaged or not is_writer(parameter):
                 continue
-            try:
-                weight = weights.read(name)
+            in_few_bits = is_quantised(weights.form, spec, model.get_submodule(path))
+            try:  # bitsandbytes quantises what comes from the processor
+                weight = weights.read(name, torch.device("cpu") if in_few_bits else device)
             except UserError as error:
                 damaged = str(error)
                 continue
-            if is_quantised(weights.form, spec, model.get_submodule(path)):
+            if in_few_bits:
                 set_quantised(model, path, weight, weights.form, dtype, device)
             elif parameter.is_meta:
                 filled = nn.Parameter(weight.to(device, dtype), requires_grad=False)

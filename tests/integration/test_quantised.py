@@ -30,7 +30,7 @@ def assert_near(model: torch.nn.Module, weights: Weights) -> None:
     """
     for name, (spec, _) in weights.architecture.named_tensors().items():
         if spec.sublayer is not None and len(spec.dims) == 2:
-            weight = weights.read(name)
+            weight = weights.read(name, torch.device("cpu"))
             module = model.get_submodule(name.removesuffix(".weight"))
             inputs = torch.eye(weight.shape[1])
             found = module(inputs).T
