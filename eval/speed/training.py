@@ -25,6 +25,7 @@ from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.preparation.planning import default_multiple
 from llm_vtrans.timing.latency import median_ms
 from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.distillation_loss import distillation_loss
@@ -52,7 +53,7 @@ class Bench:
         self.operations = 2 * PASSES * batch_size * macs
         self.model = load_model(source, dtype, self.device)
         settings = TrainingSettings(1, 1, batch_size, 1, 0.1, 1e-6, 0, 1, 1, True)
-        problem = problem_of(architecture, SPARSITY)
+        problem = problem_of(architecture, SPARSITY, default_multiple(self.device))
         masks = VIBMasks(initial_shapes(architecture, STRUCTURES, True), INITIAL_LOG_VAR, 0)
         student = SelfDistillation(MaskedModel(self.model, architecture))
         self.objective = SearchObjective(student, masks, problem.limits, settings).to(self.device)

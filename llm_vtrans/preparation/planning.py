@@ -107,7 +107,12 @@ def _round_to(args: PruneArguments, device: torch.device) -> int:
     """The multiple of `--round-to`, measured where that is asked for."""
     if args.round_to == "auto":
         return best_multiple(device, compute_dtype(args.dtype, device))
-    return args.multiple() or (64 if device.type == "cuda" else 1)
+    return args.multiple() or default_multiple(device)
+
+
+def default_multiple(device: torch.device) -> int:
+    """Of pruned dimensions: a GPU takes three times as long for odd ones."""
+    return 64 if device.type == "cuda" else 1
 
 
 def _params_limit(

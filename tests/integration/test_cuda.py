@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.calibration.own_words import NUM_TEXTS, texts_at_once
+from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.families import Axis
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.fused_norms import FusedNorm, fuse_norms
 from llm_vtrans.masking.tuning import Tuning
-from llm_vtrans.timing.latency import Pass
+from llm_vtrans.prune import prune
+from llm_vtrans.timing import remembered
 from tests.runs import ROOT, SEQ_LEN, finish, flags, write_inputs
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 from tests.unit.test_exactness import random_plan
@@ -45,8 +48,8 @@ def pruned(arguments: list[str], *launcher: str) -> dict[str, Any]:
     assert "cuda, " in output, output
     folder = Path(arguments[arguments.index("--output") + 1])
     manifest: dict[str, Any] = json.loads((folder / "vtrans.json").read_text())
-    score, is_recovered = manifest["perplexity"], "--recover" in arguments
-    if is_recovered:  # then what is written is another network
+    score = manifest["perplexity"]
+    if {"--recover", "--load-in"} & {*arguments}:  # then what is written is another network
         assert score["pruned"] > 0
     else:
         rel = TOLERANCE if "float32" in arguments else ROUNDED
@@ -93,11 +96,16 @@ def test_under_deepspeed(file: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["prefill:2x16", "decode:2"])
-def test_a_budget_of_time(shape: str, tmp_path: Path) -> None:
-    source = open_source(str(write_inputs(tmp_path) / "model"))
-    dense = Pass.parse(shape, SEQ_LEN).milliseconds(load_model(source, torch.float32, CUDA))
-    given = ("--latency-ms", str(0.8 * dense), "--latency-shape", shape)
-    manifest = pruned(flags(tmp_path, *given))
+def test_a_budget_of_time(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remembered, "CACHE", tmp_path / "cache")
+    given = [*flags(write_inputs(tmp_path)), "--latency-shape", shape, "--latency-ms"]
+    assert run_command(prune, [*given, "1e9"]) == USER_ERROR
+    dense = re.search(r"the model takes ([\d.]+) ms", capsys.readouterr().err)
+    assert dense is not None
+    assert run_command(prune, [*given, str(0.8 * float(dense[1]))]) == 0
+    manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     assert manifest["budget"]["kind"] == "ns" and manifest["budget"]["achieved"] > 0
 
 

@@ -9,14 +9,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_vtrans.arguments import PruneArguments
+from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.preparation import batch_fit
-from llm_vtrans.preparation.batch_fit import split_step
+from llm_vtrans.preparation.batch_fit import has_room, split_step
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.preparation.resources import CPU_PROCESS_BYTES, MARGIN, Workload, estimate_memory
 from tests.tiny import save_tiny
 
 SEQ_LEN = 128
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,15 @@ def test_what_does_not_fit_is_tried_with_one(
     monkeypatch.setattr(batch_fit, "_memory", lambda device: 1.0)
     found = split_step(filled(), source, SEQ_LEN, Accelerator(cpu=True))
     assert (found.batch_size, found.gradient_accumulation) == (1, 16)
+
+
+def test_a_second_network_needs_room(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse(["--batch-size", "3", "--dtype", "float32"]).filled(SEQ_LEN, 1)
+    second = 4 * sum(p.numel() for p in load_model(source, torch.float32, CPU).parameters())
+    for missing in (0, 1):
+        memory = (planned(source, 3) + second - missing + 0.5) / MARGIN
+        monkeypatch.setattr(batch_fit, "_memory", lambda device, memory=memory: memory)
+        assert has_room(args, source, SEQ_LEN, Accelerator(cpu=True)) is not bool(missing)
 
 
 def test_a_recipe_may_say_auto(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
+from llm_vtrans.job import Job
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
+from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.smaller import narrow
+from tests.runs import flags, write_inputs
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
 from tests.unit.test_exactness import random_plan
 
@@ -89,6 +93,25 @@ def test_layers_that_are_recomputed(tmp_path: Path) -> None:
         found.append(case.terms_and_gradients())
     torch.testing.assert_close(found[1], found[0])
     assert case.masked.model.is_gradient_checkpointing
+
+
+def test_runs_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short the whole network is tuned: the same, but for rounding."""
+    found = []
+    for has_room in (True, False):
+        folder = write_inputs(tmp_path / str(has_room))
+        monkeypatch.setattr("llm_vtrans.job.has_room", lambda *_, room=has_room: room)
+        with torch.random.fork_rng():
+            job = Job.prepare(parse(flags(folder, "--sparsity", "0.4")), Preemption())
+            job.load()
+            job.search()
+            job.allocate()
+            job.tune()
+        is_small = job.masked.model is not job.masked._whole[0]
+        assert is_small == has_room
+        found.append((job.measured.headline, job.tuning.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
 
 
 def test_it_is_smaller(tmp_path: Path) -> None:
