@@ -20,8 +20,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, low = ctx.saved_tensors
-        grad_gate = (grad * x).flatten(0, -2).sum(0, dtype=torch.float32)
-        return grad * low, grad_gate
+        product = grad * x
+        grad_gate = product.flatten(0, -2).sum(0, dtype=torch.float32)
+        return torch.mul(grad, low, out=product), grad_gate  # memory that is at hand
 
 
 def apply_gate(x: Tensor, gate: Tensor) -> Tensor:
