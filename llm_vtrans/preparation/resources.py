@@ -82,7 +82,7 @@ class Memory:
 
 
 def host_memory() -> int:
-    """Of this machine, in bytes.
+    """Of this machine, or what a batch system or container allows of it, in bytes.
 
     Raises:
         UserError: the system does not tell.
@@ -90,8 +90,30 @@ def host_memory() -> int:
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemTotal:"):
-                return int(line.split()[1]) * 1024
+                return min([int(line.split()[1]) * 1024, *memory_limits()])
     raise UserError("this system does not tell its memory: give --host-memory or --batch-size")
+
+
+def memory_limits(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """What the control groups of this process and those around them allow, in bytes.
+
+    Args:
+        groups: lines `number:controllers:path`; without controllers of version 2.
+        root: where the groups are mounted.
+    """
+    found: list[int] = []
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        folder = (root / "memory" if controllers else root) / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            with suppress(OSError, ValueError):  # not limited, or no group
+                found.append(int((group / name).read_text()))
+    return found
 
 
 def weight_bytes(architecture: Architecture, work: Workload) -> int:

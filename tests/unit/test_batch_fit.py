@@ -1,5 +1,6 @@
 """`--batch-size auto`: the step stays, memory says in how many parts it is taken."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.preparation import batch_fit
 from llm_vtrans.preparation.batch_fit import has_room, split_step
 from llm_vtrans.preparation.command_line import parse
-from llm_vtrans.preparation.resources import CPU_PROCESS_BYTES, MARGIN, Workload, estimate_memory
+from llm_vtrans.preparation.resources import (
+    CPU_PROCESS_BYTES,
+    MARGIN,
+    Workload,
+    estimate_memory,
+    host_memory,
+    memory_limits,
+)
 from tests.tiny import save_tiny
 
 SEQ_LEN = 128
@@ -73,6 +81,23 @@ def test_a_second_network_needs_room(source: Source, monkeypatch: pytest.MonkeyP
         memory = (planned(source, 3) + second - missing + 0.5) / MARGIN
         monkeypatch.setattr(batch_fit, "_memory", lambda device, memory=memory: memory)
         assert has_room(args, source, SEQ_LEN, Accelerator(cpu=True)) is not bool(missing)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "name"),
+    [("0::/slurm/job_7", "slurm/job_7", "memory.max"),
+     ("9:cpu,memory:/slurm/job_7", "memory/slurm/job_7", "memory.limit_in_bytes")],
+)  # fmt: skip
+def test_a_batch_system_s_limit_counts(line: str, folder: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "groups").write_text(f"3:cpuset:/other\n{line}\n")
+    inner = tmp_path / "mounted" / folder
+    inner.mkdir(parents=True)
+    assert memory_limits(tmp_path / "groups", tmp_path / "mounted") == []
+    (inner / name).write_text("max\n" if name == "memory.max" else str(2**63 - 4096))
+    (inner.parent / name).write_text(f"{16 * 2**30}\n")
+    assert min(memory_limits(tmp_path / "groups", tmp_path / "mounted")) == 16 * 2**30
+    assert memory_limits(tmp_path / "nowhere") == []
+    assert 0 < host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_recipe_may_say_auto(tmp_path: Path) -> None:
