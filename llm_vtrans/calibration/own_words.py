@@ -62,7 +62,7 @@ def texts_at_once(model: PreTrainedModel, length: int) -> int:
     config = model.config.get_text_config()
     cached = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * length
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    free = memory - sum(p.numel() * p.itemsize for p in model.parameters())
+    free = memory - model.get_memory_footprint(return_buffers=False)
     num = int(CACHE_SHARE * free) // cached // NUM_TEXTS * NUM_TEXTS
     return max(NUM_TEXTS, min(MOST_TEXTS, num))
 

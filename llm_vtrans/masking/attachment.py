@@ -48,7 +48,11 @@ KEPT_HIDDEN = "hidden.kept"  # indices of the hidden dimensions that stay, once 
 # Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
 PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
 
-PROJECTED = dict.fromkeys(PROJECTORS.values(), Axis.HEADS)
+# Gates that have an entry for each unit of a layer -> the axis of those units.
+UNITS_OF: dict[str, Axis] = {
+    **{axis: axis for axis in UNIT_AXIS.values()},
+    **dict.fromkeys(PROJECTORS.values(), Axis.HEADS),
+}
 
 LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
 TOKEN_HEADS = (*LINEAR_HEADS, "ForMaskedLM")
@@ -147,9 +151,8 @@ class MaskedModel(nn.Module):
         reduced: dict[str, Any] = dict(gates)
         for name in gates.keys() & {Axis.HIDDEN, PRESENT_HIDDEN}:
             reduced[name] = gates[name].index_select(0, self._alive.hidden)
-        units: dict[str, Axis] = {**{axis: axis for axis in UNIT_AXIS.values()}, **PROJECTED}
-        for name in gates.keys() & units.keys():
-            rows = zip(gates[name], self._alive.units[units[name]], strict=True)
+        for name in gates.keys() & UNITS_OF.keys():
+            rows = zip(gates[name], self._alive.units[UNITS_OF[name]], strict=True)
             reduced[name] = [row.index_select(0, kept) for row, kept in rows]
         return reduced
 

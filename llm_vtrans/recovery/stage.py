@@ -118,10 +118,7 @@ def _networks(
 def _pruning(job: Job) -> Pruning:
     """What was exported, seen from the dense checkpoint."""
     basis, factors = job.tuning.basis(job.rotation), job.tuning.factors()
-    return Pruning(
-        job.source.checkpoint, job.architecture, job.plan, basis, scales=factors,
-        device=job.accelerator.device,
-    )  # fmt: skip
+    return Pruning(job.source.checkpoint, job.architecture, job.plan, basis, scales=factors)
 
 
 def _run(job: Job) -> RecoveryRun:

@@ -23,7 +23,7 @@ from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Axis, Sublayer, Tenso
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import SHARPNESS, VIBMasks, keep_probability
-from llm_vtrans.training.smaller import Keep, bound, cut, smaller_network
+from llm_vtrans.training.smaller import Keep, attach, bound, cut, smaller_network
 
 GIVEN_UP = 0.01  # keep probability from which a unit does not come back
 NEVER = 20.0  # `log_var` of a unit that went: no rank is lower
@@ -104,8 +104,7 @@ class Shrinker:
         weights = self._weights()
         pruning = bound(alive, self.source, self.problem.architecture)
         small = smaller_network(pruning, self.source, self._whole, self.recomputes)
-        tensors = pruning.tensors()
-        for name, (source, spec, layer) in tensors.items():
+        for name, (source, spec, layer) in pruning.tensors().items():
             parameter = small.get_parameter(name)
             kept = cut(weights[source], pruning, spec, layer)
             parameter.copy_(pruning.fold(kept, spec, layer))
@@ -113,10 +112,7 @@ class Shrinker:
         if optimizer is not None:
             self._hand_over(optimizer, small, pruning)
         self._pruning = pruning
-        self.masked.attach(
-            small, {name: (spec, layer) for name, (_, spec, layer) in tensors.items()},
-            {name: keep.to(next(small.parameters()).device) for name, keep in alive.items()},
-        )  # fmt: skip
+        attach(self.masked, small, pruning)
 
     @torch.no_grad()
     def expand(self) -> None:

@@ -59,6 +59,14 @@ def cut(weight: Tensor, pruning: Pruning, spec: TensorSpec, layer: int | None) -
     return weight
 
 
+def attach(masked: MaskedModel, small: nn.Module, pruning: Pruning) -> None:
+    """Hooks gates onto a network of a plan's units and makes it the one that is run."""
+    tensors = {name: (spec, layer) for name, (_, spec, layer) in pruning.tensors().items()}
+    device = next(small.parameters()).device
+    alive = {name: keep.to(device) for name, keep in pruning.plan.keep.items()}
+    masked.attach(small, tensors, alive)
+
+
 @torch.no_grad()
 def narrow(masked: MaskedModel, source: Source, plan: PrunePlan, recomputes: bool = False) -> None:
     """Lets a masked network of frozen weights run without heads, FFN units and layers that went.
@@ -77,14 +85,9 @@ def narrow(masked: MaskedModel, source: Source, plan: PrunePlan, recomputes: boo
     pruning = bound(keep, source, masked.architecture)
     small: nn.Module = smaller_network(pruning, source, masked.model, recomputes)
     small.requires_grad_(False)
-    tensors = pruning.tensors()
-    for name, (whole, spec, layer) in tensors.items():
+    for name, (whole, spec, layer) in pruning.tensors().items():
         small.get_parameter(name).copy_(
             cut(masked.model.get_parameter(whole), pruning, spec, layer)
         )
-    device = masked.model.device
-    widen_where_slow(small, device)
-    masked.attach(
-        small, {name: (spec, layer) for name, (_, spec, layer) in tensors.items()},
-        {name: kept.to(device) for name, kept in keep.items()},
-    )  # fmt: skip
+    widen_where_slow(small, masked.model.device)
+    attach(masked, small, pruning)
