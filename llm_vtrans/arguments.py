@@ -208,7 +208,11 @@ class PruneArguments:
     output: str | None = _option(None, "Folder of the result. Default runs/MODEL-BUDGET.")
     overwrite: bool = _option(False, "Replace an earlier result in --output.")
     shard_size: str = _option("5GB", "Largest shard of the pruned checkpoint.")
-    save_every: int = _option(100, "Steps between two saved training states.")
+    save_every: int = _option(
+        0,
+        "Steps between two saved training states. 0, the default: as often as saving takes 2% of "
+        "the time at most, at multiples of 100.",
+    )
     log_every: int = _option(10, "Steps between two lines of metrics.jsonl.")
     resume: bool = _option(False, "Continue the unfinished run in --output, if there is one.")
     dry_run: bool = _option(False, "Check everything and print the plan, train nothing.")
@@ -237,9 +241,9 @@ class PruneArguments:
                 f"--recover-steps {self.recover_steps} belongs to --recover lora or full, not to "
                 f"{self.recover}: leave it out"
             )
-        for name in ("samples", "batch_size", "recover_steps", "shrink_every"):
+        for name in ("samples", "batch_size", "recover_steps", "shrink_every", "save_every"):
             self._at_least(name, 0)
-        for name in ("gradient_accumulation", "save_every", "log_every"):
+        for name in ("gradient_accumulation", "log_every"):
             self._at_least(name, 1)
         self._at_least("seed", 0)
         if self.seed >= 2**32:

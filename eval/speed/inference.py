@@ -1,6 +1,8 @@
 """Dense against pruned as a user meets them: loading, prefill, decode, memory, files.
 
-Each model is measured in a process of its own that loads it with stock `transformers`.
+Each model is measured in a process of its own that loads it with stock `transformers`. On a GPU
+decoding is also timed as `generate` does it with a static cache: its passes are compiled and
+replayed as graphs, where else they wait for the processor that launches kernels.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.record.reporting import peak_rss
-from llm_vtrans.timing.latency import Pass
+from llm_vtrans.timing.latency import Pass, median_ms
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZES = (1, 16)
+NEW_TOKENS = 64  # of which two runs of `generate` differ
 MB = 1e6
 
 
@@ -46,8 +49,34 @@ def measure(folder: Path, dtype: torch.dtype, seq_len: int) -> dict[str, float]:
         tokens = timed.batch_size * (1 if timed.is_decode else timed.seq_len)
         found[f"{timed}, tokens/s"] = tokens / (1e-3 * timed.milliseconds(model))
     is_cuda = device.type == "cuda"
+    if is_cuda:
+        for size in BATCH_SIZES:
+            name = f"decode:{size} at token {seq_len}, static cache, tokens/s"
+            found[name] = generated_per_second(model, size, seq_len)
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_rss() - idle
     return {**found, "peak memory, MB": peak / MB}
+
+
+def generated_per_second(model: Any, batch_size: int, seq_len: int) -> float:
+    """Tokens per second of greedy decoding with a static cache.
+
+    Args:
+        model: causal, in evaluation mode, on one device.
+        batch_size: sequences.
+        seq_len: tokens in each before the new ones.
+    """
+    tokens = torch.ones(batch_size, seq_len, dtype=torch.long, device=model.device)
+    given = {"attention_mask": torch.ones_like(tokens), "do_sample": False,
+             "pad_token_id": 0, "cache_implementation": "static"}  # fmt: skip
+    longest = 2 * NEW_TOKENS
+
+    def milliseconds(num: int) -> float:
+        count = {"min_new_tokens": num, "max_new_tokens": num}
+        return median_ms(lambda: model.generate(tokens, **count, **given), tokens.is_cuda)
+
+    milliseconds(longest)  # compiles, with the larger of both caches
+    seconds = 1e-3 * (milliseconds(longest) - milliseconds(longest - NEW_TOKENS))
+    return batch_size * NEW_TOKENS / seconds
 
 
 def compare(folders: list[Path], dtype: str, seq_len: int, rounds: int) -> list[dict[str, float]]:

@@ -82,12 +82,22 @@ def with_windows(examples: Examples, windows: Tensor, first: int, seed: int) -> 
     return Examples({**examples.tensors, "input_ids": mixed})
 
 
+def cache_of(model: PreTrainedModel) -> str | None:
+    """Kind of cache: on a GPU one of fixed size, where the model can use it.
+
+    One that grows asks the device for new memory at every token, which waits for it.
+    """
+    is_static = model.device.type == "cuda" and model._can_compile_fullgraph
+    return "static" if is_static else None
+
+
 @torch.no_grad()
 def _write(model: PreTrainedModel, tokens: Tensor, num: int, length: int, seed: int) -> Tensor:
     """Texts that begin with a random one of some tokens, `(num, length)` int64 on the device."""
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
         min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=0,
+        cache_implementation=cache_of(model), disable_compile=True,
     )  # fmt: skip
     is_training, device = model.training, model.device
     model.eval()

@@ -31,7 +31,7 @@ from llm_vtrans.families.base import (
     TensorSpec,
     head_of,
 )
-from llm_vtrans.masking.fused_norms import NamedTensors, fuse_norms
+from llm_vtrans.masking.fused import NamedTensors, fuse
 from llm_vtrans.masking.gating import (
     apply_gate,
     map_heads,
@@ -40,6 +40,7 @@ from llm_vtrans.masking.gating import (
     weighted_layer_norm,
 )
 from llm_vtrans.masking.tuning import INPUT, OUTPUT, Tuning
+from llm_vtrans.masking.unpacked import unpacked
 
 # Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
 PRESENT_HIDDEN = "hidden.present"
@@ -104,7 +105,7 @@ class MaskedModel(nn.Module):
             tensors: name in it -> row and original layer.
             alive: booleans as gates are shaped, which of their units it has; None for all.
         """
-        fuse_norms(model, tensors)
+        fuse(model, tensors)
         self.run(model, None if alive is None else Alive(alive))
         # In front of all layers: what they share must not be part of one that is recomputed.
         self.model.base_model.register_forward_pre_hook(self._prepare_maps)
@@ -169,11 +170,13 @@ class MaskedModel(nn.Module):
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
-        return logits_of(self.model(**_named(inputs), use_cache=False))
+        with unpacked():
+            return logits_of(self.model(**_named(inputs), use_cache=False))
 
     def hidden_states(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """What the output head of a language model reads, `(batch, seq, hidden)`."""
-        hidden: Tensor = self.model.base_model(**_named(inputs), use_cache=False)[0]
+        with unpacked():
+            hidden: Tensor = self.model.base_model(**_named(inputs), use_cache=False)[0]
         return hidden
 
     @property

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from llm_vtrans.errors import UserError
 from llm_vtrans.tasks.encoding import Batch, Examples, collate
 from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.save_pace import SavePace
 
 WARMUP_SHARE = 0.05  # of a stage whose weights are not fresh
 BUCKET = 2**24  # gradients averaged over the ranks at a time
@@ -40,7 +42,7 @@ class TrainingSettings:
         kl_weight: of the masks' KL terms.
         seed: of noise and masks.
         log_every: steps between two metric records.
-        save_every: steps between two saved states.
+        save_every: steps between two saved states, 0 as `SavePace` says.
         is_uniform: stock layout: every layer keeps the same counts.
         schedule: of the sparsity aimed at, `linear` or `cubic`.
     """
@@ -146,6 +148,7 @@ def train(
     batches: Iterator[Batch] = iter(accelerator.skip_first_batches(loader, done))
     batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
     meter = _Meter(settings.num_steps, batch * examples.num_tokens, first_step)
+    pace = SavePace(settings.save_every)
     for step in range(first_step, objective.stage.stop):
         objective.schedule(optimizer, step)
         for part in range(settings.gradient_accumulation):
@@ -161,9 +164,9 @@ def train(
         if num_done % settings.log_every == 0 or is_last:
             report(meter.read(num_done, _collect(terms, accelerator, num_done, objective.remedy)))
         is_stopped = preemption.agreed(accelerator)
-        if num_done % settings.save_every == 0 or is_last or is_stopped:
+        if pace.is_due(num_done) or is_last or is_stopped:
             _check_finite(objective, num_done)
-            save(num_done)
+            pace.save(partial(save, num_done))
         if is_stopped:
             return
 

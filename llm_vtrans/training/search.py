@@ -50,7 +50,7 @@ class SearchObjective(Objective):
         self._starts = self._initial_sparsity().tolist()
 
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
-        """Loss terms, each of shape `()`.
+        """Loss terms, each of shape `()`; computing them never waits for the device.
 
         Args:
             batch: tokens `(batch, seq)` and what else the model takes.
@@ -65,19 +65,19 @@ class SearchObjective(Objective):
         terms = self.distillation(batch, {**gates, **there})
         keep = self.masks.keep_probability(sharpness_at(self.progress(step)))
         sparsity = self.expected_sparsity(keep)
-        target = sparsity.new_tensor(self.targets(step))
+        target = torch.stack([sparsity.new_full((), share) for share in self.targets(step)])
         residual, binding = (sparsity - target).min(dim=0)
         penalty = self.lagrangian(residual)
         kl = self.masks.kl(dict.fromkeys(self.masks.names(), 1.0))
         if self.shrinker is not None:
-            terms = {**terms, "removed": sparsity.new_tensor(self.shrinker.removed)}
+            terms = {**terms, "removed": sparsity.new_full((), self.shrinker.removed)}
         return {
             **terms,
             "loss": terms["loss"] + self.settings.kl_weight * kl + penalty,
             "kl": kl,
             "penalty": penalty,
-            "sparsity": sparsity[binding],
-            "target": target[binding],
+            "sparsity": sparsity.take(binding),
+            "target": target.take(binding),
             "multiplier": self.lagrangian.multiplier,
         }
 

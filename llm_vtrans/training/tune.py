@@ -42,7 +42,7 @@ class TuneObjective(Objective):
     def forward(self, batch: Batch, micro_batch: int, step: int) -> dict[str, Tensor]:
         """Loss terms, each of shape `()`."""
         terms = self.distillation(batch, self.hard)
-        sparsity = terms["loss"].new_tensor(self.sparsity)
+        sparsity = terms["loss"].new_full((), self.sparsity)
         return {**terms, "sparsity": sparsity, "target": sparsity}
 
     def optimizer(self) -> torch.optim.AdamW:

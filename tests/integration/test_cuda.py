@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eval.speed.training import Bench
 from llm_vtrans.allocation.choosing import hard_gates
-from llm_vtrans.calibration.own_words import NUM_TEXTS, texts_at_once
+from llm_vtrans.calibration.own_words import NUM_TEXTS, cache_of, texts_at_once
 from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.families import Axis
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
-from llm_vtrans.masking.fused_norms import FusedNorm, fuse_norms
+from llm_vtrans.masking.fused import FusedNorm, fuse
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.prune import prune
 from llm_vtrans.timing import remembered
@@ -136,9 +137,38 @@ def test_norms_are_fused_and_texts_written_together(tmp_path: Path) -> None:
     model = load_model(source, torch.bfloat16, CUDA)
     x = torch.randn(3, source.architecture.num_units[Axis.HIDDEN], device=CUDA).bfloat16()
     before = model.model.norm(x)
-    fuse_norms(model, source.architecture.named_tensors())
+    fuse(model, source.architecture.named_tensors())
     assert isinstance(model.model.norm, FusedNorm)
     torch.testing.assert_close(model.model.norm(x), before, rtol=2**-7, atol=0)
-    assert texts_at_once(model, 8) > NUM_TEXTS
+    assert texts_at_once(model, 8) > NUM_TEXTS and cache_of(model) == "static"
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert texts_at_once(stock, 8) == NUM_TEXTS
+    assert texts_at_once(stock, 8) == NUM_TEXTS and cache_of(stock) is None
+
+
+@needs("liger_kernel")
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_fused_kernels_compute_what_the_library_does(name: str, tmp_path: Path) -> None:
+    source = open_source(str(save_tiny(name, tmp_path)))
+    tokens = torch.arange(18, device=CUDA).view(2, 9)
+    found = []
+    for is_fused in (False, True):
+        model = load_model(source, torch.float32, CUDA)
+        if is_fused:
+            fuse(model, source.architecture.named_tensors())
+            assert type(model.model.layers[0].self_attn).__name__.startswith("Fused")
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded)[0]
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), embedded.grad))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_training_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    bench = Bench(str(save_tiny("llama", tmp_path)), 2, 8, torch.bfloat16)
+    for step in (bench.search_step, bench.tune_step):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,8 +1,10 @@
 """Texts that a model writes itself stand among the calibration windows."""
 
+import pytest
 import torch
 from accelerate import Accelerator
 
+from llm_vtrans.calibration import own_words
 from llm_vtrans.calibration.own_words import own_windows, with_windows
 from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import tiny_model
@@ -33,6 +35,19 @@ def test_the_seed_decides() -> None:
     model, given = tiny_model("llama"), windows()
     first, second, other = (own_windows(model, 2, given, Accelerator(), s) for s in (0, 0, 1))
     assert first.equal(second) and not first.equal(other)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma", "gpt2"])
+def test_a_cache_of_fixed_size_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given, texts = tiny_model(name), windows(), []
+    for kind in (None, "static"):
+        monkeypatch.setattr(own_words, "cache_of", lambda _, kind=kind: kind)
+        texts.append(own_windows(model, 2, given, Accelerator(), seed=0))
+    assert texts[0].equal(texts[1])
+
+
+def test_processors_cache_as_they_go() -> None:
+    assert own_words.cache_of(tiny_model("llama")) is None
 
 
 def test_windows_give_way_from_a_place_on() -> None:
