@@ -19,7 +19,7 @@ from llm_vtrans.allocation.choosing import Chooser
 from llm_vtrans.basis.oblique import ObliqueBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
-from llm_vtrans.masking.attachment import Gates
+from llm_vtrans.masking.by_layer import Gates
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training.distillation import Distillation, with_sum
 

@@ -20,7 +20,7 @@ from llm_vtrans.budget.cost import complete
 from llm_vtrans.budget.problem import TOLERANCE, Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import UNIT_AXIS, Architecture, Axis, Place, Shape, Sublayer
-from llm_vtrans.masking.attachment import KEPT_HIDDEN, PROJECTORS, presence
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN, PROJECTORS, presence
 from llm_vtrans.masking.masks import VIBMasks, keep_probability
 
 REDUNDANT = 0.5  # a sub-layer with at most this keep probability goes

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import (
-    UNIT_AXIS,
     Architecture,
     Axis,
     Dim,
@@ -30,6 +29,16 @@ from llm_vtrans.families.base import (
     Stream,
     TensorSpec,
     head_of,
+)
+from llm_vtrans.masking.by_layer import (
+    KEPT_HIDDEN,
+    PRESENT_HIDDEN,
+    PRESENT_LAYERS,
+    PROJECTORS,
+    WRITTEN,
+    Alive,
+    Gates,
+    by_layer,
 )
 from llm_vtrans.masking.fused import NamedTensors, fuse
 from llm_vtrans.masking.gating import (
@@ -42,39 +51,9 @@ from llm_vtrans.masking.gating import (
 from llm_vtrans.masking.tuning import INPUT, OUTPUT, Tuning
 from llm_vtrans.masking.unpacked import unpacked
 
-# Beside the gates: how far a hidden dimension `(d,)` or a sub-layer `(L, 2)` is there, in [0, 1].
-PRESENT_HIDDEN = "hidden.present"
-PRESENT_LAYERS = "layers.present"
-KEPT_HIDDEN = "hidden.kept"  # indices of the hidden dimensions that stay, once that is settled
-# Projectors `(L, H, head_dim, head_dim)` onto the kept subspace of every head.
-PROJECTORS = {Role.QUERY: "heads.query", Role.OUTPUT: "heads.output"}
-
-# Gates that have an entry for each unit of a layer -> the axis of those units.
-UNITS_OF: dict[str, Axis] = {
-    **{axis: axis for axis in UNIT_AXIS.values()},
-    **dict.fromkeys(PROJECTORS.values(), Axis.HEADS),
-}
-
 LINEAR_HEADS = ("ForCausalLM", "LMHeadModel")  # endings of classes whose head is one matrix
 TOKEN_HEADS = (*LINEAR_HEADS, "ForMaskedLM")
 RESCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what follows it, if set
-
-Gates = Mapping[str, Tensor]
-
-
-class Alive:
-    """Indices of the units that a smaller network has, `(num_kept,)` each.
-
-    Args:
-        keep: booleans `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`, on the network's device.
-    """
-
-    def __init__(self, keep: Gates):
-        self.hidden = torch.nonzero(keep[Axis.HIDDEN]).flatten()
-        self.units = {
-            axis: [torch.nonzero(row).flatten() for row in keep[axis]]
-            for axis in UNIT_AXIS.values()
-        }
 
 
 class MaskedModel(nn.Module):
@@ -92,7 +71,7 @@ class MaskedModel(nn.Module):
         # Not one of this module's own: ZeRO-3 would slice it with the weights.
         self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
         self._whole: list[Any] = [model]
-        self._gates: Gates | None = None
+        self._gates: dict[str, Any] | None = None
         self._maps: dict[str, Tensor] = {}  # of the present pass
         self._added: dict[tuple[int | None, int], Tensor] = {}  # to the stream, by sub-layer
         self.attach(model.requires_grad_(False), architecture.named_tensors())
@@ -144,18 +123,7 @@ class MaskedModel(nn.Module):
                 They stay in force until the next call, so that recomputation under
                 activation checkpointing sees the same draw.
         """
-        self._gates = gates if gates is None or self._alive is None else self._of_alive(gates)
-
-    def _of_alive(self, gates: Gates) -> Gates:
-        """Gates of the units that the network has; of those in layers one tensor per layer."""
-        assert self._alive is not None
-        reduced: dict[str, Any] = dict(gates)
-        for name in gates.keys() & {Axis.HIDDEN, PRESENT_HIDDEN}:
-            reduced[name] = gates[name].index_select(0, self._alive.hidden)
-        for name in gates.keys() & UNITS_OF.keys():
-            rows = zip(gates[name], self._alive.units[UNITS_OF[name]], strict=True)
-            reduced[name] = [row.index_select(0, kept) for row, kept in rows]
-        return reduced
+        self._gates = None if gates is None else by_layer(gates, self._alive)
 
     def whole_stream(self, hidden: Tensor) -> Tensor:
         """The residual stream `(..., present)` at full width, zeros where dimensions are gone."""
@@ -241,7 +209,8 @@ class MaskedModel(nn.Module):
             scale = self._unit_scale(path, dim, layer)
             gate = None
             if dim.axis is not None and dim.axis in self._gates:
-                gate = self._gates[dim.axis][layer].repeat_interleave(width)
+                gate = self._gates[dim.axis][layer]
+                gate = gate if width == 1 else gate.repeat_interleave(width)
             factor = _product(gate, scale)
             return None if factor is None else (apply_gate(args[0], factor), *args[1:])
 
@@ -286,9 +255,13 @@ class MaskedModel(nn.Module):
             gates = self._gates
             if gates is None:
                 return None
-            gate = gates.get(Axis.HIDDEN) if spec.stream is Stream.WRITES else None
-            if part is not None and "layers" in gates:
-                gate = _product(gate, gates["layers"][layer, part].expand(output.shape[-1]))
+            is_stream = spec.stream is Stream.WRITES
+            if part is None or "layers" not in gates:
+                gate = gates.get(Axis.HIDDEN) if is_stream else None
+            elif is_stream and WRITTEN in gates:
+                gate = gates[WRITTEN][layer][part]
+            else:
+                gate = gates["layers"][layer][part].expand(output.shape[-1])
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             matrix, kept = self._map(spec, layer), gates.get(KEPT_HIDDEN)
             if matrix is not None:
@@ -324,7 +297,7 @@ class MaskedModel(nn.Module):
             if part is not None and PRESENT_LAYERS in gates:
                 # Without the norm the noise of an absent sub-layer would stay in the stream.
                 before = args[0] - self._added.pop((layer, part))
-                present = gates[PRESENT_LAYERS][layer, part].to(output.dtype)
+                present = gates[PRESENT_LAYERS][layer][part].to(output.dtype)
                 output = torch.lerp(before, output, present)
             return output
 
@@ -382,19 +355,3 @@ def _select(values: Tensor, kept: Tensor | None) -> Tensor:
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
-
-
-def presence(keep: Gates, num_layers: int) -> dict[str, Tensor]:
-    """Entries for `set_gates` that say how far hidden dimensions and sub-layers are there.
-
-    Args:
-        keep: probabilities or booleans to keep, `hidden (d,)` and `layers (L, 1 or 2)`, each
-            where it is pruned.
-        num_layers: `L`.
-    """
-    found = {}
-    if "hidden" in keep:
-        found[PRESENT_HIDDEN] = keep["hidden"].float()
-    if "layers" in keep:
-        found[PRESENT_LAYERS] = keep["layers"].float().expand(num_layers, 2)
-    return found

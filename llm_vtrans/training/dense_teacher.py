@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_vtrans.families.base import Axis
-from llm_vtrans.masking.attachment import Gates, MaskedModel, logits_of
+from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.by_layer import Gates
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training.distillation import Distillation, with_sum
 from llm_vtrans.training.distillation_loss import distillation_loss

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm_vtrans.masking.attachment import Gates, MaskedModel, logits_of
+from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.by_layer import Gates
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training.distillation_loss import chunked_distillation, distillation_loss
 from llm_vtrans.training.layer_matching import layer_distance, spaced, token_mask

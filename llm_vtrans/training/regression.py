@@ -23,13 +23,8 @@ from torch import Tensor, nn
 from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Stream, TensorSpec
-from llm_vtrans.masking.attachment import (
-    KEPT_HIDDEN,
-    PRESENT_HIDDEN,
-    PRESENT_LAYERS,
-    Gates,
-    MaskedModel,
-)
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN, PRESENT_HIDDEN, PRESENT_LAYERS, Gates
 from llm_vtrans.masking.gating import weighted_layer_norm
 from llm_vtrans.masking.hooks import removed_after
 from llm_vtrans.tasks.encoding import Batch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_vtrans.budget.cost import Lagrangian, Limit, complete
 from llm_vtrans.families.base import Architecture, Axis
-from llm_vtrans.masking.attachment import presence
+from llm_vtrans.masking.by_layer import presence
 from llm_vtrans.masking.masks import SHARPNESS, VIBMasks, keep_probability
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation

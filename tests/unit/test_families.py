@@ -15,7 +15,8 @@ from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Norm, Role, Sublayer, head_of
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
-from llm_vtrans.masking.attachment import PRESENT_LAYERS, MaskedModel
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.by_layer import PRESENT_LAYERS
 from llm_vtrans.masking.gating import weighted_layer_norm
 from tests.tiny import CONFIGS, save_tiny, tiny_model
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llm_vtrans.families import Axis
 from llm_vtrans.families.base import Place
-from llm_vtrans.masking.attachment import KEPT_HIDDEN, MaskedModel, presence
+from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN, presence
 from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.regression import RIDGE, _regression, fit_readers
 from tests.tiny import tiny_model

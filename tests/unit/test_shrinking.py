@@ -15,7 +15,8 @@ from llm_vtrans.families import Axis
 from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
-from llm_vtrans.masking.attachment import MaskedModel, logits_of, presence
+from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.by_layer import presence
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.training.search import initial_shapes
 from llm_vtrans.training.shrinking import NEVER, Shrinker
