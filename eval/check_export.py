@@ -27,7 +27,7 @@ from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
-from llm_vtrans.record.manifest import read_masks, saved_plan
+from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
 
 LOADER = """
 import json, sys
@@ -59,10 +59,11 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     if "rotation" in saved:
         rotate_model(model, architecture, saved["rotation"])
     tuning = Tuning(architecture, is_rotated="rotation" in saved)
-    tuning.load_state_dict({name: saved[f"tuned.{name}"] for name in tuning.state_dict()})
+    plan = saved_plan(saved)
+    read_tuning(run, tuning, plan)
     tuning.is_on = True
     masked = MaskedModel(model, architecture, tuning)
-    masked.set_gates(saved_plan(saved).hard())
+    masked.set_gates(plan.hard())
     return masked(tokens)
 
 

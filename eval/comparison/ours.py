@@ -11,9 +11,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
 
 from eval.baselines.interface import Case, Pruned, load_pruned
 from eval.comparison.ablations import ABLATIONS, Ablation
@@ -21,7 +18,7 @@ from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.prune import prune
-from llm_vtrans.record.manifest import MASKS_FILE, saved_plan
+from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
 from llm_vtrans.record.output_folder import MANIFEST_FILE
 from llm_vtrans.record.reporting import versions
 
@@ -85,14 +82,13 @@ class Ours:
 
 def read_pruning(case: Case, result: Path) -> Pruning:
     """What a run exported, from its `masks.safetensors`."""
-    with safe_open(result / MASKS_FILE, framework="pt") as file:
-        saved: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    saved = read_masks(result, case.source.checkpoint.sha256)
     architecture, basis = case.source.architecture, saved.get("rotation")
     if basis is not None:
         architecture = rotated_architecture(architecture)
     plan = saved_plan(saved)
     tuning = Tuning(architecture, basis is not None)
-    tuning.load_state_dict({n: saved[f"tuned.{n}"] for n in tuning.state_dict()})
+    read_tuning(result, tuning, plan)
     return Pruning(
         case.source.checkpoint, architecture, plan, tuning.basis(basis), scales=tuning.factors()
     )

@@ -11,7 +11,7 @@ import torch
 
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.export.pruning import Pruning, export_model
-from llm_vtrans.record.manifest import plan_tensors, write_masks
+from llm_vtrans.record.manifest import plan_tensors, tuning_tensors, write_masks
 from llm_vtrans.record.recording import write_record
 from llm_vtrans.record.reporting import METRICS_FILE
 from llm_vtrans.recovery.stage import recover_checkpoint
@@ -60,7 +60,7 @@ def _write_weights(job: Job, folder: Path, pruning: Pruning) -> dict[str, str]:
                 **job.masks.state_dict(),
                 **plan_tensors(job.plan),
                 **job.rotation_record(),
-                **{f"tuned.{name}": t for name, t in job.tuning.state_dict().items()},
+                **tuning_tensors(job.tuning),
             },
             source.checkpoint.sha256,
         )

@@ -43,7 +43,7 @@ class Tuning(nn.Module):
     `W @ map[:, K]`. Sub-layers always have maps; embeddings and head only where the stream was
     rotated: else they may be one table, or a norm stands between.
 
-    They act where gates are set and `is_on` is.
+    They act where gates are set and `is_on` is. Once `K` is settled, the rest of them goes.
 
     Args:
         architecture: table of the model.
@@ -53,12 +53,13 @@ class Tuning(nn.Module):
 
     def __init__(self, architecture: Architecture, is_rotated: bool, is_empty: bool = False):
         super().__init__()
-        size = architecture.num_units[Axis.HIDDEN]
+        self._size = architecture.num_units[Axis.HIDDEN]
+        self._kept = torch.empty(0, dtype=torch.long)  # nothing is settled
         places = () if is_empty else tuple(Place) if is_rotated else INSIDE
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
-                self.map_name(spec, layer): nn.Parameter(torch.eye(size))
+                self.map_name(spec, layer): nn.Parameter(torch.eye(self._size))
                 for spec, layer in architecture.named_tensors().values()
                 if spec.place in places
             }
@@ -98,9 +99,35 @@ class Tuning(nn.Module):
             read; nothing unless the tuning acts.
         """
         maps: dict[str, Tensor] = dict(self.maps.items()) if self.is_on else {}
-        if kept is not None:
-            maps = {n: m.index_select(0 if _writes(n) else 1, kept) for n, m in maps.items()}
+        if kept is not None and not len(self._kept):
+            maps = {n: m.index_select(_side(n), kept) for n, m in maps.items()}
         return {name: matrix.to(dtype) for name, matrix in maps.items()}
+
+    @torch.no_grad()
+    def settle(self, kept: Tensor | None) -> None:
+        """Lets go of the maps' parts for hidden dimensions that went: they would never be used.
+
+        Of a large model these are gigabytes, several times over while they are trained.
+
+        Args:
+            kept: as `prepared` is given from now on.
+        """
+        if kept is None or len(self._kept):
+            return
+        for name, matrix in self.maps.items():
+            self.maps[name] = nn.Parameter(matrix.index_select(_side(name), kept))
+        self._kept = kept
+
+    def recall(self, tensors: Mapping[str, Tensor], kept: Tensor | None) -> None:
+        """Takes what was trained.
+
+        Args:
+            tensors: of another's `state_dict`, among others.
+            kept: indices of the hidden dimensions that stayed; None for all.
+        """
+        if any(tensors[f"maps.{name}"].shape != m.shape for name, m in self.maps.items()):
+            self.settle(kept)
+        self.load_state_dict({name: tensors[name] for name in self.state_dict()})
 
     @torch.no_grad()
     def start(self, maps: Mapping[Place, Tensor] | None) -> None:
@@ -132,13 +159,20 @@ class Tuning(nn.Module):
         def directions(name: str) -> Tensor | None:
             if name not in self.maps:
                 return None
-            matrix = self.maps[name].detach()
+            matrix = self._whole(name)
             columns = matrix.T if _writes(name) else matrix
             return columns if rotation is None else rotation.to(columns.device) @ columns
 
         return Basis(
             lambda spec, layer: directions(self.map_name(spec, layer)), rotation is not None
         )
+
+    def _whole(self, name: str) -> Tensor:
+        """A map of all dimensions, zero for those that went."""
+        matrix = self.maps[name].detach()
+        if not len(self._kept):
+            return matrix
+        return matrix.new_zeros(self._size, self._size).index_copy_(_side(name), self._kept, matrix)
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by `scale_name`, on the CPU."""
@@ -158,7 +192,7 @@ class Tuning(nn.Module):
         distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
         rate = MAP_LEARNING_RATE * distance
-        groups = [{"params": [p], "peak": rate / p.shape[1]} for p in maps]
+        groups = [{"params": [matrix], "peak": rate / self._size} for matrix in maps]
         return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE * distance}]
 
 
@@ -182,6 +216,11 @@ def _num_sublayers(architecture: Architecture) -> int:
 def _writes(name: str) -> bool:
     """Whether a map stands behind what writes to the stream."""
     return name.startswith((Place.START.value, Place.WRITE.value))
+
+
+def _side(name: str) -> int:
+    """The dimension of a map that lies along the stream."""
+    return 0 if _writes(name) else 1
 
 
 def _sides(architecture: Architecture, spec: TensorSpec) -> dict[str, int]:

@@ -16,6 +16,8 @@ from llm_vtrans.basis.head_basis import PREFIX, HeadBasis
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.shard_writer import file_parts
 from llm_vtrans.families.base import Shape
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN
+from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write
 from llm_vtrans.record.redaction import redact
 from llm_vtrans.record.reporting import table
@@ -23,7 +25,7 @@ from llm_vtrans.record.reporting import table
 MASKS_FILE = "masks.safetensors"
 CARD_FILE = "README.md"
 RECIPE_FILE = "recipe.yaml"
-KEEP, GATE = "keep.", "gate."  # prefixes of a plan's tensors on disk
+KEEP, GATE, TUNED = "keep.", "gate.", "tuned."  # prefixes of tensors on disk
 
 
 def kept_units(shape: Shape) -> dict[str, Any]:
@@ -41,6 +43,24 @@ def kept_units(shape: Shape) -> dict[str, Any]:
         ],
         "layers": list(shape.kept_layers),
     }
+
+
+def tuning_tensors(tuning: Tuning) -> dict[str, Tensor]:
+    """What was tuned by names, for the same file; `read_tuning` reads it."""
+    return {f"{TUNED}{name}": tensor for name, tensor in tuning.state_dict().items()}
+
+
+def read_tuning(folder: Path, tuning: Tuning, plan: PrunePlan) -> None:
+    """Puts what a run tuned into a fresh tuning of its architecture.
+
+    Args:
+        folder: the run's output.
+        tuning: on the CPU.
+        plan: that it was tuned for.
+    """
+    with safe_open(folder / MASKS_FILE, framework="pt") as file:
+        tensors = {name: file.get_tensor(f"{TUNED}{name}") for name in tuning.state_dict()}
+    tuning.recall(tensors, plan.hard().get(KEPT_HIDDEN))
 
 
 def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str) -> None:
@@ -78,7 +98,7 @@ def saved_plan(tensors: Mapping[str, Tensor]) -> PrunePlan:
 
 
 def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
-    """Tensors of `masks.safetensors`, as `write_masks` names them.
+    """Tensors of `masks.safetensors` but the tuning's, as `write_masks` names them.
 
     Args:
         folder: an earlier run's output.
@@ -91,7 +111,8 @@ def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             trained_on = (file.metadata() or {}).get("source")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if not name.startswith(TUNED)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: no usable masks ({error}); name a folder that prune wrote"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llm_vtrans.budget.cost import complete
 from llm_vtrans.families import Architecture, Axis, family_for
 from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.gating import map_read, map_written
 from llm_vtrans.masking.tuning import Tuning, num_maps
 from llm_vtrans.tasks.encoding import Examples
@@ -158,3 +159,62 @@ def test_maps_follow_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert map_written(output, matrix[kept], kept).dtype == torch.bfloat16
         assert map_written(output, matrix, None).dtype == torch.bfloat16
+
+
+def randomised(name: str) -> Tuning:
+    tuning, draw = fresh(name), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return tuning
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_what_went_is_let_go_and_nothing_changes(name: str) -> None:
+    """Outputs, gradients, directions and rates are those of the whole maps."""
+    architecture = architecture_of(name)
+    gates = halved(architecture)
+    kept = torch.nonzero(gates[Axis.HIDDEN]).flatten()
+    found = []
+    for is_settled in (False, True):
+        tuning = randomised(name)
+        masked = MaskedModel(tiny_model(name), architecture, tuning)
+        before = sum(matrix.numel() for matrix in tuning.maps.values())
+        if is_settled:
+            tuning.settle(kept)
+            tuning.settle(kept)
+            assert sum(matrix.numel() for matrix in tuning.maps.values()) == before / 2
+        tuning.is_on = True
+        masked.set_gates({**gates, KEPT_HIDDEN: kept})
+        logits = masked(tokens(2))
+        logits.square().sum().backward()
+        rates = [group["peak"] for group in tuning.parameter_groups(0.3)]
+        basis = tuning.basis(None)
+        assert basis is not None
+        directions = [
+            columns[:, kept]
+            for spec, layer in architecture.named_tensors().values()
+            if (columns := basis.at(spec, layer)) is not None
+        ]
+        grads = {n: p.grad for n, p in tuning.named_parameters() if not n.startswith("maps")}
+        for map_name, matrix in tuning.maps.items():
+            assert matrix.grad is not None
+            along_stream = 0 if map_name.startswith(("start", "write")) else 1
+            is_whole = matrix.shape[along_stream] > len(kept)
+            grads[map_name] = (
+                matrix.grad.index_select(along_stream, kept) if is_whole else matrix.grad
+            )
+        found.append((logits.detach(), rates, directions, grads))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("is_settled", [False, True])
+def test_a_tuning_is_recalled(is_settled: bool) -> None:
+    tuning, kept = randomised("llama"), torch.arange(0, 24, 3)
+    if is_settled:
+        tuning.settle(kept)
+    again = fresh("llama")
+    again.recall({**tuning.state_dict(), "other": torch.ones(1)}, kept)
+    saved = again.state_dict()
+    assert saved.keys() == tuning.state_dict().keys()
+    assert all(saved[name].equal(tensor) for name, tensor in tuning.state_dict().items())
