@@ -26,7 +26,6 @@ from llm_vtrans.basis.rotation import rotate_model, rotated_architecture
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
-from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
 
 LOADER = """
@@ -58,9 +57,8 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     model = load_model(source, torch.float32, torch.device("cpu"), architecture)
     if "rotation" in saved:
         rotate_model(model, architecture, saved["rotation"])
-    tuning = Tuning(architecture, is_rotated="rotation" in saved)
     plan = saved_plan(saved)
-    read_tuning(run, tuning, plan)
+    tuning = read_tuning(run, architecture, saved, plan)
     tuning.is_on = True
     masked = MaskedModel(model, architecture, tuning)
     masked.set_gates(plan.hard())

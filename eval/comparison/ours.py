@@ -16,7 +16,6 @@ from eval.baselines.interface import Case, Pruned, load_pruned
 from eval.comparison.ablations import ABLATIONS, Ablation
 from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.export.pruning import Pruning
-from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.prune import prune
 from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
 from llm_vtrans.record.output_folder import MANIFEST_FILE
@@ -87,8 +86,7 @@ def read_pruning(case: Case, result: Path) -> Pruning:
     if basis is not None:
         architecture = rotated_architecture(architecture)
     plan = saved_plan(saved)
-    tuning = Tuning(architecture, basis is not None)
-    read_tuning(result, tuning, plan)
+    tuning = read_tuning(result, architecture, saved, plan)
     return Pruning(
         case.source.checkpoint, architecture, plan, tuning.basis(basis), scales=tuning.factors()
     )

@@ -138,8 +138,12 @@ class MaskedModel(nn.Module):
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Logits for tokens `(batch, seq)` or for all that the model's `forward` takes by name."""
+        return logits_of(self.outputs(inputs))
+
+    def outputs(self, inputs: Tensor | Mapping[str, Tensor], **asked: bool) -> Any:
+        """All that the model's `forward` gives, called with what is asked for by name."""
         with unpacked():
-            return logits_of(self.model(**_named(inputs), use_cache=False))
+            return self.model(**_named(inputs), use_cache=False, **asked)
 
     def hidden_states(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """What the output head of a language model reads, `(batch, seq, hidden)`."""

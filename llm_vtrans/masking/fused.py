@@ -8,7 +8,7 @@ where it is installed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
@@ -64,14 +64,14 @@ def replace_norms(model: nn.Module, tensors: NamedTensors) -> None:
 
     Weights to which something is added stay: their sum would be rounded to the model's dtype.
     """
-    fused: dict[type[nn.Module], type[nn.Module]] = {}
-    for name, (spec, _) in tensors.items():
-        if spec.stream is not Stream.SCALES or spec.offset:
-            continue
-        norm = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(norm, FusedNorm | nn.LayerNorm):  # torch has a kernel for these anyway
-            kind = type(norm)
-            norm.__class__ = fused.setdefault(kind, _subclass(kind, FusedNorm))
+    norms = (
+        model.get_submodule(name.rpartition(".")[0])
+        for name, (spec, _) in tensors.items()
+        if spec.stream is Stream.SCALES and not spec.offset
+    )
+    # torch has a kernel for LayerNorms anyway
+    stock = (norm for norm in norms if not isinstance(norm, FusedNorm | nn.LayerNorm))
+    _change(stock, lambda kind: _subclass(kind, FusedNorm))
 
 
 def replace_rotary(model: nn.Module, turn: Callable[..., Any]) -> None:
@@ -81,14 +81,18 @@ def replace_rotary(model: nn.Module, turn: Callable[..., Any]) -> None:
         model: of the library.
         turn: what to compute it by, called as the library's function.
     """
-    fused: dict[type[nn.Module], type[nn.Module]] = {}
-    for module in model.modules():
-        kind, forward = type(module), type(module).forward
+
+    def turns(module: nn.Module) -> bool:
+        forward = type(module).forward
         if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-            continue
-        if ROTARY in forward.__code__.co_names and forward.__globals__.get(ROTARY) is not turn:
-            changed = _with(forward, {ROTARY: turn})
-            module.__class__ = fused.setdefault(kind, _subclass(kind, forward=changed))
+            return False
+        known = forward.__globals__.get(ROTARY)
+        return ROTARY in forward.__code__.co_names and known is not turn
+
+    _change(
+        filter(turns, model.modules()),
+        lambda kind: _subclass(kind, forward=_with(kind.forward, {ROTARY: turn})),
+    )
 
 
 def replace_gated_ffn(model: nn.Module, forward: Callable[..., Any]) -> None:
@@ -98,12 +102,22 @@ def replace_gated_ffn(model: nn.Module, forward: Callable[..., Any]) -> None:
         model: of the library.
         forward: takes module and input.
     """
-    fused: dict[type[nn.Module], type[nn.Module]] = {}
-    for module in model.modules():
+
+    def is_gated(module: nn.Module) -> bool:
+        names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+        return {*names} == GATED_FFN and type(module.act_fn).__name__ in SILU
+
+    _change(filter(is_gated, model.modules()), lambda kind: _subclass(kind, forward=forward))
+
+
+def _change(modules: Iterable[nn.Module], fused: Callable[[Any], type[nn.Module]]) -> None:
+    """Gives modules other classes: those of one class share one that is made of it."""
+    made: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in modules:
         kind = type(module)
-        names = getattr(getattr(kind.forward, "__code__", None), "co_names", ())
-        if {*names} == GATED_FFN and type(module.act_fn).__name__ in SILU:
-            module.__class__ = fused.setdefault(kind, _subclass(kind, forward=forward))
+        if kind not in made:
+            made[kind] = fused(kind)
+        module.__class__ = made[kind]
 
 
 def _subclass(kind: type[nn.Module], *mixins: type, **members: Any) -> type[nn.Module]:

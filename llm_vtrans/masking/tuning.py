@@ -54,7 +54,7 @@ class Tuning(nn.Module):
     def __init__(self, architecture: Architecture, is_rotated: bool, is_empty: bool = False):
         super().__init__()
         self._size = architecture.num_units[Axis.HIDDEN]
-        self._kept = torch.empty(0, dtype=torch.long)  # nothing is settled
+        self._kept: Tensor | None = None  # indices of hidden dimensions, once they are settled
         places = () if is_empty else tuple(Place) if is_rotated else INSIDE
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
@@ -99,7 +99,7 @@ class Tuning(nn.Module):
             read; nothing unless the tuning acts.
         """
         maps: dict[str, Tensor] = dict(self.maps.items()) if self.is_on else {}
-        if kept is not None and not len(self._kept):
+        if kept is not None and self._kept is None:
             maps = {n: m.index_select(_side(n), kept) for n, m in maps.items()}
         return {name: matrix.to(dtype) for name, matrix in maps.items()}
 
@@ -112,7 +112,7 @@ class Tuning(nn.Module):
         Args:
             kept: as `prepared` is given from now on.
         """
-        if kept is None or len(self._kept):
+        if kept is None or self._kept is not None:
             return
         for name, matrix in self.maps.items():
             self.maps[name] = nn.Parameter(matrix.index_select(_side(name), kept))
@@ -170,7 +170,7 @@ class Tuning(nn.Module):
     def _whole(self, name: str) -> Tensor:
         """A map of all dimensions, zero for those that went."""
         matrix = self.maps[name].detach()
-        if not len(self._kept):
+        if self._kept is None:
             return matrix
         return matrix.new_zeros(self._size, self._size).index_copy_(_side(name), self._kept, matrix)
 

@@ -15,7 +15,7 @@ from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.basis.head_basis import PREFIX, HeadBasis
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.shard_writer import file_parts
-from llm_vtrans.families.base import Shape
+from llm_vtrans.families.base import Architecture, Shape
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write
@@ -50,17 +50,22 @@ def tuning_tensors(tuning: Tuning) -> dict[str, Tensor]:
     return {f"{TUNED}{name}": tensor for name, tensor in tuning.state_dict().items()}
 
 
-def read_tuning(folder: Path, tuning: Tuning, plan: PrunePlan) -> None:
-    """Puts what a run tuned into a fresh tuning of its architecture.
+def read_tuning(
+    folder: Path, architecture: Architecture, masks: Mapping[str, Tensor], plan: PrunePlan
+) -> Tuning:
+    """What a run tuned, on the CPU.
 
     Args:
         folder: the run's output.
-        tuning: on the CPU.
-        plan: that it was tuned for.
+        architecture: table of its model, after rotation if there is one.
+        masks: by `read_masks`.
+        plan: that it was tuned for, one of these.
     """
+    tuning = Tuning(architecture, is_rotated="rotation" in masks)
     with safe_open(folder / MASKS_FILE, framework="pt") as file:
         tensors = {name: file.get_tensor(f"{TUNED}{name}") for name in tuning.state_dict()}
     tuning.recall(tensors, plan.hard().get(KEPT_HIDDEN))
+    return tuning
 
 
 def write_masks(folder: Path, tensors: Mapping[str, Tensor], source_sha256: str) -> None:

@@ -65,13 +65,12 @@ class DenseTeacher(Distillation):
 
     def forward(self, batch: Batch, gates: Gates) -> dict[str, Tensor]:
         """Terms of one micro-batch: `distillation` and `hidden`, and with labels `task`."""
-        asked = {"use_cache": False, "output_hidden_states": True}
         with torch.no_grad():
-            taught = self.teacher(**inputs_of(batch), **asked)
+            taught = self.teacher(**inputs_of(batch), use_cache=False, output_hidden_states=True)
         self.masked.set_gates(gates)
         is_low = self.dtype is not torch.float32
         with torch.autocast(batch["input_ids"].device.type, self.dtype, enabled=is_low):
-            learnt = self.masked.model(**batch, **asked)
+            learnt = self.masked.outputs(batch, output_hidden_states=True)
         terms = {
             "distillation": softened_loss(logits_of(learnt), logits_of(taught), self.temperature),
             "hidden": self.hidden_loss(

@@ -121,5 +121,5 @@ class SelfDistillation(Distillation):
         if masked.head is not None:
             return masked.hidden_states(inputs), []
         matches = not masked.predicts_tokens
-        output = masked.model(**inputs, use_cache=False, output_hidden_states=matches)
+        output = masked.outputs(inputs, output_hidden_states=matches)
         return logits_of(output), list(output.hidden_states[1:]) if matches else []
