@@ -2,10 +2,10 @@
 
     python eval/check_export.py --run RUN --model DENSE [--python OTHER/bin/python]
 
-The hard-masked, tuned model (weights frozen) is rebuilt here from the dense checkpoint and
-`masks.safetensors`; the
-pruned one is loaded by `transformers` alone, in a process that never imports `llm_vtrans`,
-with another interpreter if one is named. Both in float32, on the same random tokens.
+The hard-masked, tuned model (weights frozen) is rebuilt here from the dense checkpoint and what
+the run found (`RUN/vtrans/`); the pruned one is loaded by `transformers` alone, in a process that
+never imports `llm_vtrans`, with another interpreter if one is named. Both in float32, on the same
+random tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from safetensors.torch import save_file
 
-from llm_vtrans.basis.rotation import rotate_model, rotated_architecture
+from llm_vtrans.basis.rotation import rotate_model
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
-from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
+from llm_vtrans.record.masks_file import read_found
 
 LOADER = """
 import json, sys
@@ -50,18 +50,13 @@ print(json.dumps({"class": type(model).__name__, "difference": difference}))
 def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits `(batch, seq, vocab)` of the hard-masked model, float32."""
     source = open_source(model_name)
-    saved = read_masks(run, source.checkpoint.sha256)
-    architecture = source.architecture
-    if "rotation" in saved:
-        architecture = rotated_architecture(architecture)
-    model = load_model(source, torch.float32, torch.device("cpu"), architecture)
-    if "rotation" in saved:
-        rotate_model(model, architecture, saved["rotation"])
-    plan = saved_plan(saved)
-    tuning = read_tuning(run, architecture, saved, plan)
-    tuning.is_on = True
-    masked = MaskedModel(model, architecture, tuning)
-    masked.set_gates(plan.hard())
+    found = read_found(run, source)
+    model = load_model(source, torch.float32, torch.device("cpu"), found.architecture)
+    if found.rotation is not None:
+        rotate_model(model, found.architecture, found.rotation)
+    found.tuning.is_on = True
+    masked = MaskedModel(model, found.architecture, found.tuning)
+    masked.set_gates(found.plan.hard())
     return masked(tokens)
 
 

@@ -22,6 +22,7 @@ from llm_vtrans.calibration.own_words import own_windows, with_windows
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
 from llm_vtrans.errors import UserError, blame
+from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
 from llm_vtrans.loading.model import Weights, fill_model, load_model
@@ -32,7 +33,8 @@ from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.preparation.batch_fit import has_room
 from llm_vtrans.preparation.prepared import Prepared
 from llm_vtrans.preparation.reuse import reused_masks
-from llm_vtrans.record.manifest import dtype_name, figures, plan_tensors, saved_plan
+from llm_vtrans.record.manifest import dtype_name, figures
+from llm_vtrans.record.masks_file import plan_tensors, saved_plan
 from llm_vtrans.record.recording import result_line
 from llm_vtrans.scoring.measuring import Measurements
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
@@ -357,6 +359,11 @@ class Job(Prepared):
         """Tells of a logged step wherever it is to be told."""
         self.reporter.progress(self.output.path / STATE_FOLDER, progress)
         self.accelerator.log(progress.metrics, step=progress.step)
+
+    def pruning(self) -> Pruning:
+        """The plan, with what was tuned for it, bound to the dense weights."""
+        basis, factors = self.tuning.basis(self.rotation), self.tuning.factors()
+        return Pruning(self.source.checkpoint, self.architecture, self.plan, basis, scales=factors)
 
     def export(self) -> None:
         """Writes the pruned checkpoint and its record; the job's own network is gone then."""

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm_vtrans.record.masks_file import MASKS_FILE, TUNING_FILE
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +43,11 @@ def flags(folder: Path, *more: str, samples: int = 16, batch_size: int = 2) -> l
         *("--output", str(folder / "out"), "--seq-len", str(SEQ_LEN), "--log-every", "1"),
         *("--samples", str(samples), "--batch-size", str(batch_size), *more),
     ]
+
+
+def trained_tensors(result: Path) -> dict[str, Tensor]:
+    """Masks, plan, rotation and tuning of a run, by their names on disk."""
+    return {**load_file(result / MASKS_FILE), **load_file(result / TUNING_FILE)}
 
 
 def start(arguments: list[str], *launcher: str, entry: str = ENTRY) -> subprocess.Popen[str]:

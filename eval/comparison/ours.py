@@ -14,10 +14,9 @@ from pathlib import Path
 
 from eval.baselines.interface import Case, Pruned, load_pruned
 from eval.comparison.ablations import ABLATIONS, Ablation
-from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.prune import prune
-from llm_vtrans.record.manifest import read_masks, read_tuning, saved_plan
+from llm_vtrans.record.masks_file import read_found
 from llm_vtrans.record.output_folder import MANIFEST_FILE
 from llm_vtrans.record.reporting import versions
 
@@ -80,13 +79,8 @@ class Ours:
 
 
 def read_pruning(case: Case, result: Path) -> Pruning:
-    """What a run exported, from its `masks.safetensors`."""
-    saved = read_masks(result, case.source.checkpoint.sha256)
-    architecture, basis = case.source.architecture, saved.get("rotation")
-    if basis is not None:
-        architecture = rotated_architecture(architecture)
-    plan = saved_plan(saved)
-    tuning = read_tuning(result, architecture, saved, plan)
-    return Pruning(
-        case.source.checkpoint, architecture, plan, tuning.basis(basis), scales=tuning.factors()
-    )
+    """What a run exported."""
+    found = read_found(result, case.source)
+    basis, factors = found.tuning.basis(found.rotation), found.tuning.factors()
+    dense = case.source.checkpoint
+    return Pruning(dense, found.architecture, found.plan, basis, scales=factors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.export.pruning import Pruning, export_model
-from llm_vtrans.record.manifest import plan_tensors, tuning_tensors, write_masks
+from llm_vtrans.record.masks_file import plan_tensors, write_found
 from llm_vtrans.record.recording import write_record
 from llm_vtrans.record.reporting import METRICS_FILE
 from llm_vtrans.recovery.stage import recover_checkpoint
@@ -54,16 +55,8 @@ def _write_weights(job: Job, folder: Path, pruning: Pruning) -> dict[str, str]:
             pruning, source.family, source.config, job.problem.is_uniform, folder,
             job.args.shard_bytes(),
         )  # fmt: skip
-        write_masks(
-            folder,
-            {
-                **job.masks.state_dict(),
-                **plan_tensors(job.plan),
-                **job.rotation_record(),
-                **tuning_tensors(job.tuning),
-            },
-            source.checkpoint.sha256,
-        )
+        found = {**job.masks.state_dict(), **plan_tensors(job.plan), **job.rotation_record()}
+        write_found(folder, found, job.tuning, source.checkpoint.sha256)
     return hashes
 
 
@@ -71,18 +64,16 @@ def _write_weights(job: Job, folder: Path, pruning: Pruning) -> dict[str, str]:
 def _pruning(job: Job) -> Iterator[Pruning]:
     """The plan bound to the weights it prunes, frozen or trained."""
     args, architecture, rotation = job.args, job.architecture, job.rotation
-    dense = job.source.checkpoint
     dtype = None if args.export_dtype == "auto" else getattr(torch, args.export_dtype)
-    factors, device = job.tuning.factors(), job.accelerator.device
+    pruning = replace(job.pruning(), dtype=dtype, device=job.accelerator.device)
     if not args.trains_weights:
-        basis = job.tuning.basis(rotation)
-        yield Pruning(dense, architecture, job.plan, basis, dtype, factors, device)
+        yield pruning
         return
     # Trained weights are stored rotated and in float32.
     basis = job.tuning.basis(None if rotation is None else torch.eye(len(rotation)))
+    dense, folder = job.source.checkpoint, job.output.path / STATE_FOLDER
     dtype = dtype or dense.tensors[architecture.embedding.name].dtype
-    folder = job.output.path / STATE_FOLDER
     with stored_weights(
         job.masked.model, architecture, dense, folder, args.shard_bytes()
     ) as trained:
-        yield Pruning(trained, architecture, job.plan, basis, dtype, factors, device)
+        yield replace(pruning, source=trained, basis=basis, dtype=dtype)

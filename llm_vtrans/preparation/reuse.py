@@ -10,7 +10,7 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture
 from llm_vtrans.families.base import Axis
-from llm_vtrans.record.manifest import check_masks, read_masks
+from llm_vtrans.record.masks_file import check_masks, read_masks
 from llm_vtrans.report.record import RunRecord
 from llm_vtrans.training.search import initial_shapes
 

@@ -23,7 +23,7 @@ from llm_vtrans.probe.attention import CATEGORIES, examples, measure
 from llm_vtrans.probe.pictures import probe_page
 from llm_vtrans.probe.significance import compare
 from llm_vtrans.probe.texts import Windows, cut, num_windows_text
-from llm_vtrans.record.manifest import read_masks
+from llm_vtrans.record.masks_file import read_masks
 from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.record.reporting import table, versions
 from llm_vtrans.record.verification import auto_class

@@ -24,6 +24,7 @@ from llm_vtrans.record.manifest import (
     kept_units,
     write_manifest,
 )
+from llm_vtrans.record.masks_file import MASKS_FILE
 from llm_vtrans.record.model_card import PIPELINES, base_license, model_card
 from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write_text
 from llm_vtrans.record.redaction import redact
@@ -92,11 +93,8 @@ def write_record(job: Job, folder: Path, hashes: dict[str, str], metrics: Path) 
     if metrics.is_file():
         shutil.copyfile(metrics, folder / METRICS_FILE)
     atomic_write_text(folder / RECIPE_FILE, redact(recipe(job.args)))
-    rest = {
-        path.name: sha256_of(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name not in hashes
-    }
+    names = {path.name for path in folder.iterdir() if path.is_file()} | {MASKS_FILE}
+    rest = {name: sha256_of(folder / name) for name in sorted(names - hashes.keys())}
     manifest = _manifest(job, folder, {**rest, **hashes})
     write_manifest(folder, manifest)
     atomic_write_text(folder / CARD_FILE, redact(model_card(manifest, figures(manifest))))

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.distributed.zero3 import configure, gathered, is_partitioned
 from llm_vtrans.errors import UserError
-from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.export.shard_writer import ShardWriter
 from llm_vtrans.families.base import Norm, head_of
 from llm_vtrans.loading.checkpoint import Checkpoint
@@ -94,7 +93,7 @@ def recover_checkpoint(job: Job, folder: Path, hashes: dict[str, str]) -> dict[s
         job.score(folder, EXPORTED)
         job.accelerator.free_memory()
         dense, pruned = _networks(job, recovery, folder)
-        recovery.recover(dense, pruned, _pruning(job), job.data.train, _run(job))
+        recovery.recover(dense, pruned, job.pruning(), job.data.train, _run(job))
         del dense
         return _rewrite(folder, pruned, hashes, job.args.shard_bytes(), is_main)
 
@@ -113,12 +112,6 @@ def _networks(
     dense = load_model(job.source, teacher, job.accelerator.device, form=job.args.load_in)
     pruned = job.source.auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return dense, pruned.requires_grad_(False).to(job.accelerator.device)
-
-
-def _pruning(job: Job) -> Pruning:
-    """What was exported, seen from the dense checkpoint."""
-    basis, factors = job.tuning.basis(job.rotation), job.tuning.factors()
-    return Pruning(job.source.checkpoint, job.architecture, job.plan, basis, scales=factors)
 
 
 def _run(job: Job) -> RecoveryRun:

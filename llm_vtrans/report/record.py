@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.record.manifest import MASKS_FILE
+from llm_vtrans.record.masks_file import MASKS_FILE
 from llm_vtrans.record.output_folder import MANIFEST_FILE
 from llm_vtrans.record.reporting import METRICS_FILE
 

@@ -21,7 +21,7 @@ from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.preparation.planning import make_problem, window_length
-from llm_vtrans.record.manifest import MASKS_FILE
+from llm_vtrans.record.masks_file import MASKS_FILE
 from llm_vtrans.record.output_folder import MANIFEST_FILE
 from llm_vtrans.record.verification import Subject, verify
 from llm_vtrans.report.command import report

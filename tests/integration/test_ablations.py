@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from eval.comparison.ablations import ABLATIONS, Ablation, Labels
 from llm_vtrans.families import family_for
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.prune import prune
-from tests.runs import copy_inputs, flags, write_inputs
+from tests.runs import copy_inputs, flags, trained_tensors, write_inputs
 from tests.tiny import tiny_model
 from tests.unit.test_exactness import inputs_for
 
@@ -30,7 +29,7 @@ def run(inputs: Path, folder: Path, name: str) -> tuple[dict[str, Any], dict[str
     copy_inputs(inputs, folder)
     prune([*flags(folder, "--quiet", samples=24), *ablation.options], ablation.kind)
     out = folder / "out"
-    return json.loads((out / "vtrans.json").read_text()), load_file(out / "masks.safetensors")
+    return json.loads((out / "vtrans.json").read_text()), trained_tensors(out)
 
 
 def test_labels_are_the_models_own_loss() -> None:
@@ -79,6 +78,6 @@ def test_without_regression(inputs: Path, tmp_path: Path) -> None:
         lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(line) for line in lines]
         losses.append(next(m["distillation"] for m in metrics if m["step"] > len(metrics) // 2))
-        kept.append(load_file(folder / "out" / "masks.safetensors")["keep.hidden"])
+        kept.append(trained_tensors(folder / "out")["keep.hidden"])
     assert torch.equal(*kept)
     assert losses[0] < losses[1]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from llm_vtrans.commands.command import run_command
 from llm_vtrans.prune import prune
-from tests.runs import flags, write_inputs
+from tests.runs import flags, trained_tensors, write_inputs
 
 
 def test_other_budget_and_layout_from_the_same_masks(
@@ -21,7 +21,7 @@ def test_other_budget_and_layout_from_the_same_masks(
     assert run_command(prune, [*given, "--sparsity", "0.4", "--output", str(first)]) == 0
     reuse = [*given, "--masks", str(first), "--sparsity", "0.6", "--layout", "per-layer"]
     assert run_command(prune, [*reuse, "--output", str(second)]) == 0
-    before, after = load_file(first / "masks.safetensors"), load_file(second / "masks.safetensors")
+    before, after = trained_tensors(first), trained_tensors(second)
     trained = [name for name in before if name.startswith(("mu.", "log_var.", "rotation"))]
     assert all(before[name].equal(after[name]) for name in trained)
     budget = json.loads((second / "vtrans.json").read_text())["budget"]

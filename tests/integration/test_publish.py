@@ -16,6 +16,7 @@ from llm_vtrans.commands.publish import publish
 from llm_vtrans.commands.verify import verify as verify_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.record.masks_file import MASKS_FILE, TUNING_FILE
 from llm_vtrans.record.model_card import base_license, front_matter
 from llm_vtrans.record.verification import CHECKS, Subject, verify
 from tests.runs import finish, flags, write_inputs
@@ -43,6 +44,14 @@ def test_a_whole_checkpoint_holds(run, capsys):
     verify_command([str(run)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in CHECKS]
+
+
+def test_only_the_model_is_taken_for_it(run, capsys):
+    """Other engines read every file of this kind in the folder."""
+    assert [path.name for path in run.glob("*.safetensors")] == ["model.safetensors"]
+    publish([str(run), "--repo", "me/tiny", "--dry-run"])
+    listed = capsys.readouterr().out
+    assert MASKS_FILE in listed and (run / TUNING_FILE).is_file() and TUNING_FILE not in listed
 
 
 def change_weight(folder):
@@ -171,7 +180,7 @@ def test_no_hub_is_one_line(run):  # the tests' environment turns the hub off
 
 
 def test_export_makes_another_size_and_prints_json_alone(run, tmp_path, capsys):
-    masks = (run / "masks.safetensors").read_bytes()
+    masks = (run / MASKS_FILE).read_bytes()
     export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "o"), "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["output"] == str(tmp_path / "o") and result["budget"]["achieved"] > 0
@@ -180,7 +189,7 @@ def test_export_makes_another_size_and_prints_json_alone(run, tmp_path, capsys):
     assert result["layout"] == first["layout"] and "training" not in result["phases"]
     assert not (tmp_path / "o" / "metrics.jsonl").exists()  # nothing was trained
     assert failed(tmp_path / "o") == set()
-    assert (run / "masks.safetensors").read_bytes() == masks
+    assert (run / MASKS_FILE).read_bytes() == masks
     export(["--from", str(run), "--sparsity", "0.2", "--output", str(tmp_path / "q"), "--quiet"])
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="give --sparsity or --params"):

@@ -12,7 +12,7 @@ from llm_vtrans.commands.command import run_command
 from llm_vtrans.loading.model import Weights, fill_model, load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.prune import prune
-from tests.runs import flags, write_inputs
+from tests.runs import flags, trained_tensors, write_inputs
 
 pytestmark = [
     pytest.mark.bitsandbytes,
@@ -71,7 +71,7 @@ def test_export_is_cut_from_the_full_shards(tmp_path: Path, form: str) -> None:
     dense = load_file(folder / "model" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
         assert torch.equal(written[name], dense[name])
-    masks = load_file(folder / "out" / "masks.safetensors")
+    masks = trained_tensors(folder / "out")
     kept = masks["keep.ffn"][1].bool()
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(written[name], dense[name][kept])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.prune import prune
-from tests.runs import copy_inputs, finish, flags, start, write_inputs
+from tests.runs import copy_inputs, finish, flags, start, trained_tensors, write_inputs
 
 NUM_STEPS = 100
 SETTINGS = ("--save-every", "1", "--shard-size", "10KB")
@@ -41,12 +41,12 @@ def work(uninterrupted: Path, tmp_path: Path) -> Path:
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of shards, index, config and each tensor of the masks.
 
-    The header of masks.safetensors records the command's paths and flags, which differ here.
+    The header of that file records the command's paths and flags, which differ here.
     """
     files = [*(folder / "out").glob("model*"), folder / "out" / "config.json"]
     assert len(files) >= 4  # two shards or more, their index and the config
     contents = {path.name: path.read_bytes() for path in files}
-    masks = load_file(folder / "out" / "masks.safetensors")
+    masks = trained_tensors(folder / "out")
     contents |= {name: tensor.numpy().tobytes() for name, tensor in masks.items()}
     return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 

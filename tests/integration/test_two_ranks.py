@@ -6,9 +6,8 @@ from shutil import copytree
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.runs import copy_inputs, finish, flags, write_inputs
+from tests.runs import copy_inputs, finish, flags, trained_tensors, write_inputs
 
 NUM_STEPS, GLOBAL_BATCH = 20, 4
 SAMPLES = NUM_STEPS * GLOBAL_BATCH
@@ -29,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_same_masks(folders: tuple[Path, Path]) -> None:
-    one, two = (load_file(folder / "out" / "masks.safetensors") for folder in folders)
+    one, two = (trained_tensors(folder / "out") for folder in folders)
     assert one.keys() == two.keys()
     trained = [name for name in one if name.startswith(("mu.", "log_var."))]
     assert len(trained) == 8
@@ -54,7 +53,7 @@ def test_ranks_agree_on_directions(folders: tuple[Path, Path], tmp_path: Path) -
     other = copy_inputs(two, tmp_path)
     arguments = flags(other, samples=SAMPLES, batch_size=GLOBAL_BATCH // 2)
     finish(arguments, *TWO_RANKS, entry="tests/other_processor.py")
-    expected, found = (load_file(f / "out" / "masks.safetensors") for f in (two, other))
+    expected, found = (trained_tensors(f / "out") for f in (two, other))
     assert "rotation" in expected
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)

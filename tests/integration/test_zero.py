@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.integration.test_recover import recovering
 from tests.integration.test_two_ranks import GLOBAL_BATCH, NUM_STEPS, TWO_RANKS
-from tests.runs import ROOT, finish, flags, start, write_inputs
+from tests.runs import ROOT, finish, flags, start, trained_tensors, write_inputs
 from tests.unit.test_recovery import needs_peft
 
 HALF = GLOBAL_BATCH // 2
@@ -54,7 +54,7 @@ def deepspeed(name: str | None, folder: Path) -> Iterator[None]:
 
 
 def result(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / "masks.safetensors")
+    return trained_tensors(folder / "out")
 
 
 @pytest.fixture(scope="module")
