@@ -51,11 +51,11 @@ def masked_logits(model_name: str, run: Path, tokens: torch.Tensor) -> torch.Ten
     """Logits `(batch, seq, vocab)` of the hard-masked model, float32."""
     source = open_source(model_name)
     found = read_found(run, source)
-    model = load_model(source, torch.float32, torch.device("cpu"), found.architecture)
+    model = load_model(source, torch.float32, torch.device("cpu"))
     if found.rotation is not None:
-        rotate_model(model, found.architecture, found.rotation)
+        rotate_model(model, source.architecture, found.rotation)
     found.tuning.is_on = True
-    masked = MaskedModel(model, found.architecture, found.tuning)
+    masked = MaskedModel(model, source.architecture, found.tuning)
     masked.set_gates(found.plan.hard())
     return masked(tokens)
 

@@ -174,7 +174,8 @@ class PruneArguments:
     rotate: str = _option(
         "auto",
         "Global rotation of the residual stream before masks are trained. auto: pca where the "
-        "family allows it without untying the output head, else none.",
+        "family allows it; none where weights are trained that an output head shares, as it would "
+        "come apart.",
         ("auto", "pca", "none"),
     )
     dtype: str = _option(

@@ -17,7 +17,7 @@ from llm_vtrans.allocation.allocate import PrunePlan, allocate
 from llm_vtrans.allocation.choosing import Chooser, hard_gates
 from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.basis.oblique import ObliqueBasis, oblique_basis
-from llm_vtrans.basis.rotation import principal_basis, rotate_model
+from llm_vtrans.basis.rotation import principal_basis, rotate_model, tied_norm
 from llm_vtrans.calibration.own_words import own_windows, with_windows
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
@@ -194,6 +194,10 @@ class Job(Prepared):
                 lambda b: model(**b),
             )
         self.rotation = basis
+        if self.architecture.tied_head is not None:
+            norm = self.architecture.row(self.architecture.final_norm)
+            weight = self.source.checkpoint.read(norm.name, basis.device) + norm.offset
+            self.tuning.tie(tied_norm(weight, basis))
         if self.args.load_in == FULL:
             rotate_model(model, self.architecture, basis)
         else:  # first rotated, then quantised

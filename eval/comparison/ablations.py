@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.allocation.choosing import Chooser
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import ObliqueBasis, TiedBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.masking.by_layer import Gates
@@ -71,7 +72,8 @@ class _OwnPlan(Chooser):
     """Takes the plan that the masks propose."""
 
     def choose(self, problem: Problem) -> PrunePlan:
-        return replace(allocate(self._masks, problem), basis=self._head_basis)
+        first = Candidates(self._masks, problem, self._oblique).first
+        return replace(first, basis=self._head_basis)
 
 
 class OwnPlanJob(Job):
@@ -80,7 +82,8 @@ class OwnPlanJob(Job):
     def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
         """One that looks at examples only to tell what the plan loses."""
         examples = self._first_batches(CHOICE_EXAMPLES, self.choice)
-        return _OwnPlan(self.distillation, self.masks, examples, None, self.head_basis)
+        basis = _needed(oblique)
+        return _OwnPlan(self.distillation, self.masks, examples, basis, self.head_basis)
 
 
 class OwnBasisJob(Job):
@@ -88,7 +91,12 @@ class OwnBasisJob(Job):
 
     def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
         """One that tries no other basis."""
-        return super().chooser(None)
+        return super().chooser(_needed(oblique))
+
+
+def _needed(oblique: ObliqueBasis | None) -> TiedBasis | None:
+    """The basis where no other will do."""
+    return oblique if isinstance(oblique, TiedBasis) else None
 
 
 @dataclass(frozen=True)

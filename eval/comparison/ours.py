@@ -82,5 +82,5 @@ def read_pruning(case: Case, result: Path) -> Pruning:
     """What a run exported."""
     found = read_found(result, case.source)
     basis, factors = found.tuning.basis(found.rotation), found.tuning.factors()
-    dense = case.source.checkpoint
-    return Pruning(dense, found.architecture, found.plan, basis, scales=factors)
+    source = case.source
+    return Pruning(source.checkpoint, source.architecture, found.plan, basis, scales=factors)

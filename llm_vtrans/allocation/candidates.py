@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import Allocator, PrunePlan, scores_and_gates
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import ObliqueBasis, TiedBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis, Place
@@ -31,7 +31,7 @@ class Candidates:
     """Plans within a budget; all use it as well as the first, or as exactly as is promised.
 
     With an oblique basis all but the first come with as many dimensions of that basis in place of
-    their own.
+    their own; the first too where a tied head allows no other.
 
     Args:
         masks: trained masks.
@@ -50,6 +50,8 @@ class Candidates:
         if oblique is not None and Axis.HIDDEN in self._scores:
             self._maps = lru_cache(4)(oblique.maps)
         self.first = self._allocator.plan()
+        if isinstance(oblique, TiedBasis):
+            self.first = self._in_basis(self.first)
 
     @cached_property
     def _sizes(self) -> list[int]:

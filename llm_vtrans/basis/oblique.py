@@ -10,6 +10,9 @@ to second order. The best one is oblique: balanced truncation (Moore 1981, IEEE 
 `F = L L^T` and `U` the first k eigenvectors of `L^T C L` it is `P = L^-T U U^T L^T`. What is
 written is projected by `U^T L^T`, what is read sees the columns of `L^-T U`; these are made
 orthonormal, so that norms see the length of the projected stream.
+
+A head that shares the embedding's table reads along what embeddings write, so the two are not free:
+see `TiedBasis`.
 """
 
 from __future__ import annotations
@@ -75,6 +78,43 @@ class ObliqueBasis:
         }
 
 
+@dataclass(frozen=True)
+class TiedBasis(ObliqueBasis):
+    """The best projection of a stream that a tied head reads; no other will do there.
+
+    Embeddings write rows of `E N`, as that is the table, so the head computes `E N diag(s) N^T x`
+    from a stream `x`. The dense one has the final norm's matrix `G` in the middle, and with all
+    directions `N diag(s) N^T = G` where `N = G^(1/2) O` with orthonormal `O` and equal `s`. So the
+    stream is taken in coordinates `G^(1/2) x`, and there projected onto principal directions.
+
+    Attributes:
+        final_norm: `G`, by `tied_norm`, `(hidden_size, hidden_size)`.
+    """
+
+    final_norm: Tensor
+
+    @cached_property
+    def _maps(self) -> dict[Place, Tensor]:
+        values, vectors = torch.linalg.eigh(self.final_norm.double())
+        values = values.clamp_min(RIDGE * values.abs().mean())  # a negative weight has no root
+        root = vectors * values.sqrt() @ vectors.T
+        moment = root @ self.inputs @ root
+        directions = torch.linalg.eigh(moment)[1].flip(1)
+        square = moment.trace() / self.inputs.trace()
+        stretch = square.sqrt()  # taken back, so that norms see the length that they saw
+        maps = {
+            Place.WRITE: (root @ directions / stretch).T,
+            Place.READ: torch.linalg.solve(root, directions) * stretch,
+            Place.END: square.expand(len(root)),
+        }
+        found = agreed(tuple(tensor.float().cpu().contiguous() for tensor in maps.values()))
+        return {p: t.to(self.inputs.device) for p, t in zip(maps, found, strict=True)}
+
+    def maps(self, size: int) -> dict[Place, Tensor]:
+        """The same for every size, and at `end` what the final norm multiplies by then."""
+        return self._maps
+
+
 def oblique_basis(
     masked: MaskedModel, architecture: Architecture, batches: Iterable[Any], seed: int
 ) -> ObliqueBasis | None:
@@ -97,9 +137,10 @@ def oblique_basis(
         return outputs[-1]
 
     hooks = [
-        masked.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(observe)
+        # In front of the masked network's: a tied head is behind a matrix of its own.
+        masked.model.get_submodule(path).register_forward_hook(observe, prepend=True)
         for name, (spec, _) in architecture.named_tensors().items()
-        if spec.stream is Stream.SCALES
+        if spec.stream is Stream.SCALES and (path := name.removesuffix(".weight"))
     ]
     masked.set_gates(None)
     moments: list[Tensor] = []
@@ -116,6 +157,8 @@ def oblique_basis(
                     flat = tensor.detach().flatten(0, -2)
                     add_moment(moment, flat, flat)
     inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
+    if masked.tuning.final_norm is not None:
+        return TiedBasis(inputs, fisher, masked.tuning.final_norm)
     if not agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all())):
         return None
     return ObliqueBasis(inputs, fisher)

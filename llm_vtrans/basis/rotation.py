@@ -101,6 +101,22 @@ def rotated_architecture(architecture: Architecture) -> Architecture:
     return replace(architecture, tensors=(*architecture.tensors, head), tied_head=None)
 
 
+def tied_norm(weight: Tensor, basis: Tensor) -> Tensor:
+    """What the final norm multiplies by in the new basis, where the head shares the embedding.
+
+    The shared table cannot absorb it, as embeddings do not meet that norm, and a diagonal has no
+    diagonal form in other directions.
+
+    Args:
+        weight: of the norm, `(hidden_size,)`.
+        basis: `Q`, `(hidden_size, hidden_size)`.
+
+    Returns:
+        `Q^T diag(weight) Q`, symmetric, in the basis's dtype and on its device.
+    """
+    return basis.T @ (weight.to(basis)[:, None] * basis)
+
+
 def rotate_tensor(
     weight: Tensor, spec: TensorSpec, basis: Tensor, norm_weight: Tensor | None
 ) -> Tensor:
@@ -134,8 +150,9 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
     """Rotates a loaded model in place, one tensor in float32 at a time.
 
     Args:
-        model: the library's model; a tied head must have been untied.
-        architecture: its table after `rotated_architecture`.
+        model: the library's model. If its head is tied, the final norm is missing afterwards:
+            see `tied_norm`.
+        architecture: its table.
         basis: `(hidden_size, hidden_size)` float32.
     """
     named = architecture.named_tensors()

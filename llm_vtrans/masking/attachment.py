@@ -221,9 +221,9 @@ class MaskedModel(nn.Module):
         return hook
 
     def _prepare_maps(self, *_: Any) -> None:
-        if self._gates is not None:
-            kept = self._gates.get(KEPT_HIDDEN)
-            self._maps = self.tuning.prepared(kept, self.model.dtype)
+        gates = self._gates or {}
+        has_gates = self._gates is not None
+        self._maps = self.tuning.prepared(gates.get(KEPT_HIDDEN), self.model.dtype, has_gates)
 
     def _map(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
         return self._maps.get(self.tuning.map_name(spec, layer))
@@ -232,9 +232,10 @@ class MaskedModel(nn.Module):
         """Factors of an RMSNorm, and the map in front of what reads the stream."""
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            matrix = self._map(spec, layer)
             if self._gates is None:
-                return None
-            scale, matrix = self.tuning.scale(path, OUTPUT), self._map(spec, layer)
+                return None if matrix is None else map_read(output, matrix, None)
+            scale = self.tuning.scale(path, OUTPUT)
             if matrix is None:
                 return None if scale is None else apply_gate(output, scale)
             kept = self._gates.get(KEPT_HIDDEN)

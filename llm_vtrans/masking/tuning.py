@@ -45,6 +45,10 @@ class Tuning(nn.Module):
 
     They act where gates are set and `is_on` is. Once `K` is settled, the rest of them goes.
 
+    A head that is tied reads through the embedding's map, transposed, and the final norm's factors.
+    Where the tuning does not act, it reads through that norm's own matrix in the rotated basis
+    (`tie`): only then it is the dense head.
+
     Args:
         architecture: table of the model.
         is_rotated: whether the stream's basis was changed (`Family.rotates`).
@@ -55,13 +59,17 @@ class Tuning(nn.Module):
         super().__init__()
         self._size = architecture.num_units[Axis.HIDDEN]
         self._kept: Tensor | None = None  # indices of hidden dimensions, once they are settled
+        self._is_tied = is_rotated and architecture.tied_head is not None
+        self.final_norm: Tensor | None
+        self.register_buffer("final_norm", None, persistent=False)
+        self._final_scale = scale_name(architecture.final_norm.rpartition(".")[0], OUTPUT)
         places = () if is_empty else tuple(Place) if is_rotated else INSIDE
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
                 self.map_name(spec, layer): nn.Parameter(torch.eye(self._size))
                 for spec, layer in architecture.named_tensors().values()
-                if spec.place in places
+                if spec.place in places and not (self._is_tied and spec.place is Place.END)
             }
         )
         self.scales = nn.ParameterDict()
@@ -87,18 +95,33 @@ class Tuning(nn.Module):
             return spec.place.value
         return f"{spec.place.value}{spec.depth(layer) // self._sublayers_per_map}"
 
-    def prepared(self, kept: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tie(self, final_norm: Tensor) -> None:
+        """Says what a tied head needs while the tuning does not act.
+
+        Args:
+            final_norm: by `tied_norm`, `(hidden_size, hidden_size)`.
+        """
+        self.final_norm = final_norm.to(next(self.parameters()).device)
+
+    def prepared(
+        self, kept: Tensor | None, dtype: torch.dtype, has_gates: bool = True
+    ) -> dict[str, Tensor]:
         """The maps by `map_name`, as a pass needs them: made once for all places that share them.
 
         Args:
             kept: indices of the hidden dimensions that stay, `(num_kept,)`; None for all.
             dtype: of the activations.
+            has_gates: whether gates are set.
 
         Returns:
             `(num_kept, hidden_size)` of what is written, `(hidden_size, num_kept)` of what is
-            read; nothing unless the tuning acts.
+            read; nothing but a tied head's unless the tuning acts.
         """
-        maps: dict[str, Tensor] = dict(self.maps.items()) if self.is_on else {}
+        maps: dict[str, Tensor] = dict(self.maps.items()) if self.is_on and has_gates else {}
+        if self._is_tied and maps:
+            maps[Place.END] = maps[Place.START].T
+        elif self.final_norm is not None:
+            maps[Place.END] = self.final_norm
         if kept is not None and self._kept is None:
             maps = {n: m.index_select(_side(n), kept) for n, m in maps.items()}
         return {name: matrix.to(dtype) for name, matrix in maps.items()}
@@ -134,8 +157,9 @@ class Tuning(nn.Module):
         """Sets the maps, each `(hidden_size, hidden_size)`, and acts with them; factors are one.
 
         Args:
-            maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too;
-                None for the identity, and not to act.
+            maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too; for
+                a tied head at `Place.END` the final norm's factors, `(hidden_size,)`. None for
+                the identity, and not to act.
         """
         self.is_on = maps is not None
         for name, parameter in self.maps.items():
@@ -145,6 +169,8 @@ class Tuning(nn.Module):
                 parameter.copy_(maps[Place.WRITE if _writes(name) else Place.READ])
         for scale in self.scales.values():
             scale.fill_(1)
+        if maps is not None and self._is_tied:
+            self.scales[self._final_scale].copy_(maps[Place.END])
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
         """The stream's directions, maps and rotation in one; None if neither is there.
@@ -157,6 +183,8 @@ class Tuning(nn.Module):
 
         @lru_cache(maxsize=len(Place))  # tensors are asked for one after the other
         def directions(name: str) -> Tensor | None:
+            if self._is_tied and name == Place.END:
+                name = Place.START
             if name not in self.maps:
                 return None
             matrix = self._whole(name)
@@ -198,7 +226,8 @@ class Tuning(nn.Module):
 
 def num_maps(architecture: Architecture) -> int:
     """Maps of a network whose stream was rotated."""
-    return 2 + 2 * -(-_num_sublayers(architecture) // sublayers_per_map(architecture))
+    num_ends = 2 if architecture.tied_head is None else 1
+    return num_ends + 2 * -(-_num_sublayers(architecture) // sublayers_per_map(architecture))
 
 
 def sublayers_per_map(architecture: Architecture) -> int:

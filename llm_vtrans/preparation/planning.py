@@ -36,7 +36,8 @@ def rotates(args: PruneArguments, source: Source) -> bool:
     """
     if args.rotate == "pca" and not source.family.rotates:
         raise UserError(f"--rotate pca: {source.config.model_type} does not allow a rotation")
-    fits = source.family.rotates and source.architecture.tied_head is None
+    # A tied table that is trained would have to come apart: its two parts learn differently.
+    fits = source.family.rotates and not (source.architecture.tied_head and args.trains_weights)
     is_wanted = args.rotate == "pca" or (args.rotate == "auto" and fits)
     return is_wanted and "hidden" in args.structures()
 
@@ -50,9 +51,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pruned_architecture(args: PruneArguments, source: Source) -> Architecture:
-    """The table of what is pruned: after rotation, if there is one."""
+    """The table of what is pruned: after rotation, if weights are trained with it."""
     architecture = source.architecture
-    return rotated_architecture(architecture) if rotates(args, source) else architecture
+    is_apart = args.trains_weights and rotates(args, source)
+    return rotated_architecture(architecture) if is_apart else architecture
 
 
 def make_stopwatch(args: PruneArguments, source: Source, device: torch.device) -> Stopwatch | None:

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.basis.head_basis import PREFIX, HeadBasis
-from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.shard_writer import file_parts
-from llm_vtrans.families.base import Architecture
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.tuning import Tuning
@@ -102,13 +100,11 @@ class Found:
     """What a run found about a model.
 
     Attributes:
-        architecture: the model's table, after rotation if there is one.
         rotation: `(hidden_size, hidden_size)`, or None.
         plan: kept units and gates.
         tuning: for that plan, on the CPU.
     """
 
-    architecture: Architecture
     rotation: Tensor | None
     plan: PrunePlan
     tuning: Tuning
@@ -125,13 +121,10 @@ def read_found(folder: Path, source: Source) -> Found:
         UserError: as `read_masks`.
     """
     masks = read_masks(folder, source.checkpoint.sha256)
-    architecture, rotation = source.architecture, masks.get("rotation")
-    if rotation is not None:
-        architecture = rotated_architecture(architecture)
-    plan = saved_plan(masks)
-    tuning = Tuning(architecture, is_rotated=rotation is not None)
+    plan, rotation = saved_plan(masks), masks.get("rotation")
+    tuning = Tuning(source.architecture, is_rotated=rotation is not None)
     tuning.recall(load_file(folder / TUNING_FILE), plan.hard().get(KEPT_HIDDEN))
-    return Found(architecture, rotation, plan, tuning)
+    return Found(rotation, plan, tuning)
 
 
 def check_masks(

@@ -7,12 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, oblique_basis
+from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, TiedBasis, oblique_basis
+from llm_vtrans.basis.rotation import rotate_model, tied_norm
+from llm_vtrans.budget.cost import complete
 from llm_vtrans.families.base import Place
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.tuning import Tuning
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WIDTH = 12
@@ -73,3 +77,56 @@ def test_observed_moments(tmp_path: Path, family: str) -> None:
     masked(tokens)
     handle.remove()
     assert not seen[0].requires_grad and len(norm._forward_hooks) <= 1
+
+
+@given(st.integers(0, 2**31), st.integers(1, WIDTH))
+def test_tied_basis(seed: int, size: int) -> None:
+    """All directions compute the dense head; fewer are the best that the shared table allows."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 0.2 + torch.rand(WIDTH, dtype=torch.float64, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0]
+    norm, moment = tied_norm(weights, rotation), random_moment(generator)
+    basis = TiedBasis(moment, random_moment(generator), norm)
+    maps = {place: matrix.double() for place, matrix in basis.maps(size).items()}
+    table, read, factors = maps[Place.WRITE].T, maps[Place.READ], maps[Place.END]
+    identity = torch.eye(WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(table * factors @ table.T, norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read @ table.T, identity, rtol=1e-4, atol=1e-4)
+    written = table.T @ moment @ table  # norms see the length that they saw
+    assert float(written.trace()) == pytest.approx(float(moment.trace()), rel=1e-4)
+
+    def lost(columns: Tensor) -> float:
+        """Of the stream's length in the table's coordinates, `table^-1 x`, off these columns."""
+        orthonormal = torch.linalg.qr(columns)[0]
+        return float(written.trace() - (orthonormal.T @ written @ orthonormal).trace())
+
+    least = lost(identity[:, :size])
+    for _ in range(5):
+        other = torch.randn(WIDTH, size, dtype=torch.float64, generator=generator)
+        assert least <= lost(other) + 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma"])
+def test_a_tied_head_in_other_directions(tmp_path: Path, family: str) -> None:
+    """Where the final norm weighs all dimensions alike no norm sees another length: exact."""
+    dense = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path))
+    source = open_source(str(tmp_path))
+    table = source.architecture
+    norm = table.row(table.final_norm)
+    with torch.no_grad():
+        dense.get_parameter(norm.name).fill_(1.7 - norm.offset)
+        dense.save_pretrained(tmp_path)
+        tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
+        expected = dense(tokens).logits
+    source = open_source(str(tmp_path))
+    model = load_model(source, torch.float32, torch.device("cpu"))
+    tuning = Tuning(table, is_rotated=True)
+    masked = MaskedModel(model, table, tuning)
+    rotation = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))[0]
+    rotate_model(model, table, rotation)
+    tuning.tie(tied_norm(source.checkpoint.read(norm.name) + norm.offset, rotation))
+    basis = oblique_basis(masked, table, [{"input_ids": tokens}], 0)
+    assert isinstance(basis, TiedBasis)
+    tuning.start(basis.maps(24))
+    masked.set_gates(complete({"layers": torch.ones(1, 1)}, table))
+    torch.testing.assert_close(masked(tokens), expected, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.tune import TuneObjective
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 
-LANGUAGE_MODELS = ["llama", "llama-bias", "qwen3", "gemma", "gpt2"]
+LANGUAGE_MODELS = ["llama", "llama-tied", "llama-bias", "qwen3", "gemma", "gpt2"]
 
 
 def architecture_of(name: str) -> Architecture:
@@ -130,6 +130,7 @@ def test_sublayers_share_maps_as_far_as_they_must(
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("gpt2").maps) == num - 2  # not rotated
+    assert len(fresh("llama-tied").maps) == num_maps(architecture_of("llama-tied")) == num - 1
 
 
 @given(st.integers(2, 6), st.data())
