@@ -19,9 +19,9 @@ SEQ_LEN = 16
 QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")  # of `verify`: those without a model
 
 
-def write_inputs(folder: Path, num_paragraphs: int = 60) -> Path:
+def write_inputs(folder: Path, num_paragraphs: int = 60, name: str = "llama") -> Path:
     """A tiny model with its tokenizer in `model`, and letters for it in `text.txt`."""
-    save_tiny("llama", folder / "model")
+    save_tiny(name, folder / "model")
     draw = random.Random(0)
     letters = [chr(33 + token) for token in range(1, VOCAB_SIZE - 2)]
     paragraphs = ("".join(draw.choices(letters, k=100)) for _ in range(num_paragraphs))

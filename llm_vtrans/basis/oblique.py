@@ -47,14 +47,18 @@ class ObliqueBasis:
     inputs: Tensor
     fisher: Tensor
 
+    @property
+    def _damped_fisher(self) -> Tensor:
+        fisher = self.fisher
+        return fisher + RIDGE * torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
+
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """`Q R` of `L^-T U`, and `U^T L^T`, for all eigenvectors `U`, most important first.
 
         Those of fewer eigenvectors are their leading parts.
         """
-        ridge = RIDGE * torch.eye(len(self.fisher), dtype=torch.float64, device=self.fisher.device)
-        lower = torch.linalg.cholesky(self.fisher + ridge)
+        lower = torch.linalg.cholesky(self._damped_fisher)
         _, vectors = torch.linalg.eigh(lower.T @ self.inputs @ lower)
         vectors = vectors.flip(1)
         read, mixing = torch.linalg.qr(torch.linalg.solve_triangular(lower.T, vectors, upper=True))
@@ -85,7 +89,9 @@ class TiedBasis(ObliqueBasis):
     Embeddings write rows of `E N`, as that is the table, so the head computes `E N diag(s) N^T x`
     from a stream `x`. The dense one has the final norm's matrix `G` in the middle, and with all
     directions `N diag(s) N^T = G` where `N = G^(1/2) O` with orthonormal `O` and equal `s`. So the
-    stream is taken in coordinates `G^(1/2) x`, and there projected onto principal directions.
+    stream is taken in coordinates `G^(1/2) x`, where the projection is orthogonal. There directions
+    count by the geometric mean of `C` and `F` (Pusz and Woronowicz 1975, Rep. Math. Phys. 8):
+    where the two commute, its eigenvalues are the roots of what leaving a direction out costs.
 
     Attributes:
         final_norm: `G`, by `tied_norm`, `(hidden_size, hidden_size)`.
@@ -95,11 +101,10 @@ class TiedBasis(ObliqueBasis):
 
     @cached_property
     def _maps(self) -> dict[Place, Tensor]:
-        values, vectors = torch.linalg.eigh(self.final_norm.double())
-        values = values.clamp_min(RIDGE * values.abs().mean())  # a negative weight has no root
-        root = vectors * values.sqrt() @ vectors.T
+        root = _root(self.final_norm.double(), RIDGE)
         moment = root @ self.inputs @ root
-        directions = torch.linalg.eigh(moment)[1].flip(1)
+        fisher = _from_both_sides(root, self._damped_fisher)
+        directions = torch.linalg.eigh(_geometric_mean(fisher, moment))[1].flip(1)
         square = moment.trace() / self.inputs.trace()
         stretch = square.sqrt()  # taken back, so that norms see the length that they saw
         maps = {
@@ -113,6 +118,23 @@ class TiedBasis(ObliqueBasis):
     def maps(self, size: int) -> dict[Place, Tensor]:
         """The same for every size, and at `end` what the final norm multiplies by then."""
         return self._maps
+
+
+def _root(matrix: Tensor, least: float = 0.0) -> Tensor:
+    """Symmetric square root; eigenvalues are lifted to this share of their mean size."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(least * values.abs().mean()).sqrt() @ vectors.T
+
+
+def _from_both_sides(root: Tensor, matrix: Tensor) -> Tensor:
+    """`R^-1 A R^-1` of symmetric matrices."""
+    return torch.linalg.solve(root, torch.linalg.solve(root, matrix).T)
+
+
+def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """`A^(1/2) (A^(-1/2) B A^(-1/2))^(1/2) A^(1/2)`; only `A` must be positive definite."""
+    root = _root(a)
+    return root @ _root(_from_both_sides(root, b)) @ root
 
 
 def oblique_basis(
