@@ -40,14 +40,12 @@ class Tuning(nn.Module):
     """Maps of the residual stream and factors at every gate, float32, at first the identity.
 
     With a kept set `K` of hidden dimensions, what writes becomes `(map @ W)[K]` and what reads
-    `W @ map[:, K]`. Sub-layers always have maps; embeddings and head only where the stream was
-    rotated: else they may be one table, or a norm stands between.
+    `W @ map[:, K]`. Sub-layers always have maps; embeddings and head where the stream was rotated,
+    or where they are one table. Then the head reads through the embedding's map, transposed; after
+    a rotation, where the tuning does not act, through the final norm's own matrix in the new basis
+    (`tie`): only then it is the dense head.
 
     They act where gates are set and `is_on` is. Once `K` is settled, the rest of them goes.
-
-    A head that is tied reads through the embedding's map, transposed, and the final norm's factors.
-    Where the tuning does not act, it reads through that norm's own matrix in the rotated basis
-    (`tie`): only then it is the dense head.
 
     Args:
         architecture: table of the model.
@@ -59,17 +57,19 @@ class Tuning(nn.Module):
         super().__init__()
         self._size = architecture.num_units[Axis.HIDDEN]
         self._kept: Tensor | None = None  # indices of hidden dimensions, once they are settled
-        self._is_tied = is_rotated and architecture.tied_head is not None
+        self._is_tied = architecture.tied_head is not None and not architecture.is_post_norm
         self.final_norm: Tensor | None
         self.register_buffer("final_norm", None, persistent=False)
         self._final_scale = scale_name(architecture.final_norm.rpartition(".")[0], OUTPUT)
-        places = () if is_empty else tuple(Place) if is_rotated else INSIDE
+        places = tuple(Place) if is_rotated or self._is_tied else INSIDE
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
                 self.map_name(spec, layer): nn.Parameter(torch.eye(self._size))
                 for spec, layer in architecture.named_tensors().values()
-                if spec.place in places and not (self._is_tied and spec.place is Place.END)
+                if spec.place in places
+                and not (self._is_tied and spec.place is Place.END)
+                and not is_empty
             }
         )
         self.scales = nn.ParameterDict()

@@ -129,8 +129,9 @@ def test_sublayers_share_maps_as_far_as_they_must(
     monkeypatch.setattr("llm_vtrans.masking.tuning.MAP_NUMBERS", numbers)
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
-    assert len(fresh("gpt2").maps) == num - 2  # not rotated
     assert len(fresh("llama-tied").maps) == num_maps(architecture_of("llama-tied")) == num - 1
+    assert len(fresh("gpt2").maps) == num - 1  # not rotated, but one table
+    assert len(fresh("gpt2-untied").maps) == num - 2
 
 
 @given(st.integers(2, 6), st.data())
