@@ -24,7 +24,6 @@ from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.families.base import Architecture, Axis, Place, Stream, Sublayer, TensorSpec
 
 INPUT, OUTPUT = "in", "out"
-INSIDE = (Place.WRITE, Place.READ)
 MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
 MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a pair for every sub-layer
 MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
@@ -61,15 +60,17 @@ class Tuning(nn.Module):
         self.final_norm: Tensor | None
         self.register_buffer("final_norm", None, persistent=False)
         self._final_scale = scale_name(architecture.final_norm.rpartition(".")[0], OUTPUT)
-        places = tuple(Place) if is_rotated or self._is_tied else INSIDE
+        places = {Place.WRITE, Place.READ}
+        if self._is_tied:
+            places.add(Place.START)
+        elif is_rotated:
+            places |= {Place.START, Place.END}
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
                 self.map_name(spec, layer): nn.Parameter(torch.eye(self._size))
                 for spec, layer in architecture.named_tensors().values()
-                if spec.place in places
-                and not (self._is_tied and spec.place is Place.END)
-                and not is_empty
+                if not is_empty and spec.place in places
             }
         )
         self.scales = nn.ParameterDict()
