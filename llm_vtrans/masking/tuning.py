@@ -83,8 +83,8 @@ class Tuning(nn.Module):
 
     @property
     def moves_stream(self) -> bool:
-        """Whether the stream has another basis than without: only then do embeddings have a map."""
-        return self.is_on and self.is_rotated
+        """Whether the stream has another basis than without, from what embeddings write on."""
+        return self.is_on and Place.START in self.maps
 
     def scale(self, module: str, side: str) -> Tensor | None:
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
