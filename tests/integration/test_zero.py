@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ SET_UPS = {  # name -> DeepSpeed configuration, further flags
     "ZeRO-3": ("zero3", ()),
     "ZeRO-3, recomputing": ("zero3", ("--gradient-checkpointing",)),
     "ZeRO-3, offloaded": ("zero3_offload_cpu", ()),
+    "ZeRO-3, tied": ("zero3", ()),
 }
 
 pytestmark = [
@@ -58,33 +60,42 @@ def result(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = write_inputs(tmp_path_factory.mktemp("one"))
-    more = ("--gradient-accumulation", "2")
-    finish(flags(folder, *more, samples=NUM_STEPS * GLOBAL_BATCH, batch_size=HALF))
-    return result(folder)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What one rank finds, by the name of the tiny model."""
+
+    @cache
+    def run(model: str) -> dict[str, torch.Tensor]:
+        folder = write_inputs(tmp_path_factory.mktemp("one"), name=model)
+        more = ("--gradient-accumulation", "2")
+        finish(flags(folder, *more, samples=NUM_STEPS * GLOBAL_BATCH, batch_size=HALF))
+        return result(folder)
+
+    return run
 
 
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow if ", " in name else ()) for name in SET_UPS],
 )
-def test_same_masks(name: str, one_rank: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_same_masks(
+    name: str, one_rank: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     config, more = SET_UPS[name]
-    folder = write_inputs(tmp_path)
+    model = "llama-tied" if name.endswith(", tied") else "llama"
+    folder = write_inputs(tmp_path, name=model)
     with deepspeed(config, folder):
         samples = NUM_STEPS * GLOBAL_BATCH
         finish(flags(folder, *more, samples=samples, batch_size=HALF), *TWO_RANKS)
-    found = result(folder)
-    assert found.keys() == one_rank.keys()
+    found, expected = result(folder), one_rank(model)
+    assert found.keys() == expected.keys()
     kept = [key for key in found if key.startswith("keep.")]
-    same = sum(int((found[key] == one_rank[key]).sum()) for key in kept)
-    total = sum(one_rank[key].numel() for key in kept)
+    same = sum(int((found[key] == expected[key]).sum()) for key in kept)
+    total = sum(expected[key].numel() for key in kept)
     print(f"{name}: {same} of {total} units kept or dropped as on one rank")
     assert same == total > 0
     for key in found:
         if key.startswith(("mu.", "log_var.")):
-            torch.testing.assert_close(found[key], one_rank[key], rtol=0, atol=1e-4)
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
