@@ -25,7 +25,7 @@ from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
-from llm_vtrans.loading.model import Weights, fill_model, load_model
+from llm_vtrans.loading.model import Weights, fill_model, load_model, norm_weight
 from llm_vtrans.loading.quantised import FULL
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.masks import VIBMasks
@@ -195,9 +195,9 @@ class Job(Prepared):
             )
         self.rotation = basis
         if self.architecture.tied_head is not None:
-            norm = self.architecture.row(self.architecture.final_norm)
-            weight = self.source.checkpoint.read(norm.name, basis.device) + norm.offset
-            self.tuning.tie(tied_norm(weight, basis))
+            name = self.architecture.final_norm
+            norm = norm_weight(self.source.checkpoint, self.architecture, name)
+            self.tuning.tie(tied_norm(norm, basis))
         if self.args.load_in == FULL:
             rotate_model(model, self.architecture, basis)
         else:  # first rotated, then quantised

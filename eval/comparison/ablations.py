@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.allocation.choosing import Chooser
-from llm_vtrans.basis.oblique import ObliqueBasis, TiedBasis
+from llm_vtrans.basis.oblique import ObliqueBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.masking.by_layer import Gates
@@ -94,9 +94,9 @@ class OwnBasisJob(Job):
         return super().chooser(_needed(oblique))
 
 
-def _needed(oblique: ObliqueBasis | None) -> TiedBasis | None:
+def _needed(oblique: ObliqueBasis | None) -> ObliqueBasis | None:
     """The basis where no other will do."""
-    return oblique if isinstance(oblique, TiedBasis) else None
+    return oblique if oblique is not None and oblique.is_needed else None
 
 
 @dataclass(frozen=True)

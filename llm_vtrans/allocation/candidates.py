@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import Allocator, PrunePlan, scores_and_gates
-from llm_vtrans.basis.oblique import ObliqueBasis, TiedBasis
+from llm_vtrans.basis.oblique import ObliqueBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis, Place
@@ -50,7 +50,7 @@ class Candidates:
         if oblique is not None and Axis.HIDDEN in self._scores:
             self._maps = lru_cache(4)(oblique.maps)
         self.first = self._allocator.plan()
-        if isinstance(oblique, TiedBasis):
+        if oblique is not None and oblique.is_needed:
             self.first = self._in_basis(self.first)
 
     @cached_property

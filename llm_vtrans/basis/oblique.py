@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ class ObliqueBasis:
 
     inputs: Tensor
     fisher: Tensor
+    is_needed: ClassVar[bool] = False  # else a plan may keep dimensions of the network's own
 
     @property
     def _damped_fisher(self) -> Tensor:
@@ -98,6 +99,7 @@ class TiedBasis(ObliqueBasis):
     """
 
     final_norm: Tensor
+    is_needed: ClassVar[bool] = True
 
     @cached_property
     def _maps(self) -> dict[Place, Tensor]:
@@ -149,7 +151,8 @@ def oblique_basis(
         seed: of the labels that are drawn from the network's predictions.
 
     Returns:
-        The basis, or None if gradients overflowed or vanished.
+        The basis, or None if gradients overflowed or vanished; of a tied head's network, which
+        cannot do without, then the one in which variance alone counts.
     """
     size = architecture.num_units[Axis.HIDDEN]
     outputs: list[Tensor] = []
@@ -179,11 +182,12 @@ def oblique_basis(
                     flat = tensor.detach().flatten(0, -2)
                     add_moment(moment, flat, flat)
     inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
-    if masked.tuning.final_norm is not None:
-        return TiedBasis(inputs, fisher, masked.tuning.final_norm)
-    if not agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all())):
-        return None
-    return ObliqueBasis(inputs, fisher)
+    is_finite = agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all()))
+    final_norm = masked.tuning.final_norm
+    if final_norm is None:
+        return ObliqueBasis(inputs, fisher) if is_finite else None
+    alike = torch.eye(size, dtype=fisher.dtype, device=fisher.device)
+    return TiedBasis(inputs, fisher if is_finite else alike, final_norm)
 
 
 def _surprise(logits: Tensor, seed: int) -> Tensor:

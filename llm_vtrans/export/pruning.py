@@ -40,7 +40,7 @@ from llm_vtrans.families.base import (
     TensorSpec,
 )
 from llm_vtrans.loading.checkpoint import Checkpoint
-from llm_vtrans.loading.model import stored_name
+from llm_vtrans.loading.model import norm_weight, stored_name
 from llm_vtrans.loading.shaped import shaped_config
 from llm_vtrans.masking.tuning import INPUT, OUTPUT, scale_name
 
@@ -158,8 +158,7 @@ class Pruning:
         """What the norm in front of a reader multiplies by."""
         if spec.norm is None:
             return None
-        offset = self.architecture.row(spec.norm).offset
-        return self.source.read(spec.norm.format(layer), self.device) + offset
+        return norm_weight(self.source, self.architecture, spec.norm, layer, self.device)
 
     @property
     def _shrunk(self) -> float:

@@ -24,6 +24,8 @@ from llm_vtrans.loading.quantised import FULL, is_quantised, set_quantised
 from llm_vtrans.loading.source import RESTORE, Source
 from llm_vtrans.loading.widened import widen_where_slow
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -61,8 +63,7 @@ class Weights:
         spec, layer = self.architecture.named_tensors()[name]
         norm = None
         if spec.norm is not None:
-            offset = self.architecture.row(spec.norm).offset
-            norm = checkpoint.read(spec.norm.format(layer), device) + offset
+            norm = norm_weight(checkpoint, self.architecture, spec.norm, layer, device)
         return rotate_tensor(weight, spec, self.basis.to(device), norm)
 
 
@@ -146,6 +147,25 @@ def fill_model(
     damaged = agreed(damaged)  # rank zero may have read for all
     if damaged:
         raise UserError(damaged)
+
+
+def norm_weight(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    name: str,
+    layer: int | None = None,
+    device: torch.device = CPU,
+) -> Tensor:
+    """What a norm multiplies by, `(hidden_size,)`.
+
+    Args:
+        checkpoint: the dense shards.
+        architecture: their table.
+        name: of the norm's weight, in layers a template.
+        layer: index of the layer, None outside.
+        device: to read it to.
+    """
+    return checkpoint.read(name.format(layer), device) + architecture.row(name).offset
 
 
 def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str:

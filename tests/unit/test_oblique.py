@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llm_vtrans.basis import oblique
 from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, TiedBasis, oblique_basis
 from llm_vtrans.basis.rotation import rotate_model, tied_norm
 from llm_vtrans.budget.cost import complete
 from llm_vtrans.families.base import Place
-from llm_vtrans.loading.model import load_model
+from llm_vtrans.loading.model import load_model, norm_weight
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
@@ -128,9 +129,28 @@ def test_a_tied_head_in_other_directions(tmp_path: Path, family: str) -> None:
     masked = MaskedModel(model, table, tuning)
     rotation = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))[0]
     rotate_model(model, table, rotation)
-    tuning.tie(tied_norm(source.checkpoint.read(norm.name) + norm.offset, rotation))
+    tuning.tie(tied_norm(norm_weight(source.checkpoint, table, norm.name), rotation))
     basis = oblique_basis(masked, table, [{"input_ids": tokens}], 0)
     assert isinstance(basis, TiedBasis)
     tuning.start(basis.maps(24))
     masked.set_gates(complete({"layers": torch.ones(1, 1)}, table))
     torch.testing.assert_close(masked(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_has_its_basis_without_fisher_information(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gradients overflow, variance alone decides: the model cannot do without."""
+    source = open_source(str(save_tiny("llama-tied", tmp_path)))
+    table, cpu = source.architecture, torch.device("cpu")
+    masked = MaskedModel(
+        load_model(source, torch.float32, cpu), table, Tuning(table, is_rotated=True)
+    )
+    weight = norm_weight(source.checkpoint, table, table.final_norm)
+    masked.tuning.tie(tied_norm(weight, torch.eye(24)))
+    rotate_model(masked.model, table, torch.eye(24))
+    monkeypatch.setattr(oblique, "_surprise", lambda logits, seed: 1e30 * logits.sum() * 1e30)
+    tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
+    basis = oblique_basis(masked, table, [{"input_ids": tokens}], 0)
+    assert basis is not None
+    assert all(bool(torch.isfinite(matrix).all()) for matrix in basis.maps(12).values())
