@@ -4,9 +4,9 @@
 
 step: a training step against a bare pass through the same frozen model (the teacher's forward
 counted in both), and its share of the device's peak. kernels: what the device does in a step of
-each stage. inference: dense against checkpoints of random weights that are smaller in proportion:
-loading, prefill, decode, memory. files: loading and export against reading and copying. growth:
-how a step's time grows with the model and with the sequence.
+each stage. inference: dense against the checkpoints of --pruned or, without any, against random
+ones that are smaller in proportion: loading, prefill, decode, memory. files: loading and export
+against reading and copying. growth: how a step's time grows with the model and with the sequence.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def inference(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, fl
     source = open_source(args.model)
     architecture = source.architecture
     stored = next(iter(source.checkpoint.tensors.values())).dtype
-    folders = {"dense": source.checkpoint.folder}
-    for round_to in args.round_to:
+    folders = {"dense": source.checkpoint.folder, **{path.name: path for path in args.pruned}}
+    for round_to in () if args.pruned else args.round_to:
         problem = problem_of(architecture, args.sparsity, round_to)
         shape = proportional_shape(architecture, problem)
         config = shaped_config(source.family, source.config, architecture, shape, is_uniform=True)
@@ -198,6 +198,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--sparsity", type=float, default=0.5, help="of what dense is beside")
     parser.add_argument(
         "--round-to", type=int, nargs="+", default=[64], help="multiples of pruned dimensions"
+    )
+    parser.add_argument(
+        "--pruned", type=Path, nargs="+", default=[], help="in place of smaller random checkpoints"
     )
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a training step")
     parser.add_argument("--seq-len", type=int, default=256)

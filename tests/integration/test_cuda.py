@@ -78,6 +78,13 @@ def test_a_run_is_exact_to_its_end(more: tuple[str, ...], tmp_path: Path) -> Non
     assert manifest["params"]["after"] <= manifest["budget"]["target"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma", "gpt2"])
+def test_other_models_are_exact_too(name: str, dtype: str, tmp_path: Path) -> None:
+    given = flags(write_inputs(tmp_path, name=name), "--sparsity", "0.4", "--dtype", dtype)
+    pruned(given)
+
+
 def test_the_same_run_twice_is_the_same(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     again = flags(tmp_path, "--sparsity", "0.4", "--overwrite")
