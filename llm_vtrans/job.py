@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from llm_vtrans.allocation.allocate import PrunePlan, allocate
 from llm_vtrans.allocation.choosing import Chooser, hard_gates
 from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.basis.oblique import ObliqueBasis, oblique_basis
-from llm_vtrans.basis.rotation import principal_basis, rotate_model, tied_norm
+from llm_vtrans.basis.oblique import AnyBasis, oblique_basis
+from llm_vtrans.basis.rotation import principal_basis, rotate_model
 from llm_vtrans.calibration.own_words import own_windows, with_windows
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import attach, configure, is_partitioned
@@ -25,7 +25,7 @@ from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.export.result import write_result
 from llm_vtrans.families import Shape
-from llm_vtrans.loading.model import Weights, fill_model, load_model, norm_weight
+from llm_vtrans.loading.model import Weights, fill_model, final_norm, load_model
 from llm_vtrans.loading.quantised import FULL
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.masks import VIBMasks
@@ -195,9 +195,7 @@ class Job(Prepared):
             )
         self.rotation = basis
         if self.architecture.tied_head is not None:
-            name = self.architecture.final_norm
-            norm = norm_weight(self.source.checkpoint, self.architecture, name)
-            self.tuning.tie(tied_norm(norm, basis))
+            self.tuning.tie(final_norm(self.source.checkpoint, self.architecture, basis))
         if self.args.load_in == FULL:
             rotate_model(model, self.architecture, basis)
         else:  # first rotated, then quantised
@@ -271,7 +269,7 @@ class Job(Prepared):
         assert self.stopwatch is not None
         return self.stopwatch.nanoseconds(shape, self.problem.is_uniform)
 
-    def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
+    def chooser(self, oblique: AnyBasis | None = None) -> Chooser:
         """Compares plans by what they lose on examples of the run."""
         num = CHOICE_EXAMPLES if self.masked.predicts_tokens else CHOICE_ROWS
         examples = self._first_batches(num, self.choice)

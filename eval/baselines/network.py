@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llm_vtrans.basis.rotation import principal_basis, rotate_model, rotated_architecture
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.families.base import UNIT_AXES, Stream, TensorSpec
+from llm_vtrans.families.base import UNIT_AXES, Norm, Stream, TensorSpec
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.hooks import removed_after
@@ -149,7 +149,7 @@ def hooked(
 
 def check_rotates(source: Source) -> None:
     """Raises UserError where an orthogonal change of basis would change the function."""
-    if not source.family.rotates:
+    if not source.architecture.rotates or source.architecture.norm is not Norm.RMS:
         raise UserError(f"{source.config.model_type}: its norm does not commute with a rotation")
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.allocation.choosing import Chooser
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.masking.by_layer import Gates
@@ -79,7 +79,7 @@ class _OwnPlan(Chooser):
 class OwnPlanJob(Job):
     """Compares no plans."""
 
-    def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
+    def chooser(self, oblique: AnyBasis | None = None) -> Chooser:
         """One that looks at examples only to tell what the plan loses."""
         examples = self._first_batches(CHOICE_EXAMPLES, self.choice)
         basis = _needed(oblique)
@@ -89,12 +89,12 @@ class OwnPlanJob(Job):
 class OwnBasisJob(Job):
     """Keeps to the basis that the masks were trained in."""
 
-    def chooser(self, oblique: ObliqueBasis | None = None) -> Chooser:
+    def chooser(self, oblique: AnyBasis | None = None) -> Chooser:
         """One that tries no other basis."""
         return super().chooser(_needed(oblique))
 
 
-def _needed(oblique: ObliqueBasis | None) -> ObliqueBasis | None:
+def _needed(oblique: AnyBasis | None) -> AnyBasis | None:
     """The basis where no other will do."""
     return oblique if oblique is not None and oblique.is_needed else None
 

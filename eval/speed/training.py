@@ -58,7 +58,7 @@ class Bench:
         student = SelfDistillation(MaskedModel(self.model, architecture))
         self.objective = SearchObjective(student, masks, problem.limits, settings).to(self.device)
         plan = proportional_plan(problem)
-        tuning = Tuning(architecture, source.family.rotates).to(self.device)
+        tuning = Tuning(architecture, architecture.rotates).to(self.device)
         narrowed = SelfDistillation(MaskedModel(self.model, architecture, tuning))
         narrow(narrowed.masked, source, plan)
         gates = hard_gates(plan, self.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import Allocator, PrunePlan, scores_and_gates
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Axis, Place
@@ -42,7 +42,7 @@ class Candidates:
         UserError: even the smallest allowed model exceeds the budget.
     """
 
-    def __init__(self, masks: VIBMasks, problem: Problem, oblique: ObliqueBasis | None = None):
+    def __init__(self, masks: VIBMasks, problem: Problem, oblique: AnyBasis | None = None):
         self._scores, gate = scores_and_gates(masks)
         self._problem = problem
         self._allocator = Allocator(self._scores, gate, problem)

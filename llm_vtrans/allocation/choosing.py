@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.basis.head_basis import HeadBasis
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.masking.masks import VIBMasks
@@ -37,7 +37,7 @@ class Chooser:
         distillation: Distillation,
         masks: VIBMasks,
         batches: Iterable[Batch],
-        oblique: ObliqueBasis | None,
+        oblique: AnyBasis | None,
         head_basis: HeadBasis | None,
     ):
         self._distillation, self._masks = distillation, masks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.allocation.candidates import HIDDEN_RATIOS, Candidates
-from llm_vtrans.basis.oblique import ObliqueBasis
+from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.families.base import Shape
 from llm_vtrans.masking.masks import VIBMasks
@@ -26,7 +26,7 @@ def search_plan(
     masks: VIBMasks,
     problem: Problem,
     loss: Callable[[PrunePlan], float],
-    oblique: ObliqueBasis | None = None,
+    oblique: AnyBasis | None = None,
 ) -> PrunePlan:
     """The plan of lowest loss that is found.
 

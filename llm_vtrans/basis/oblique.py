@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_vtrans.basis.moments import add_moment
+from llm_vtrans.basis.rotation import level
 from llm_vtrans.distributed.ranks import agreed
-from llm_vtrans.families.base import Architecture, Axis, Place, Stream
+from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.hooks import removed_after
 
+RANK_TOLERANCE = 1e-4  # of float32 maps: what is smaller is rounding
 RIDGE = 0.01  # of the mean Fisher information: every direction counts a little
 
 
@@ -95,7 +97,7 @@ class TiedBasis(ObliqueBasis):
     where the two commute, its eigenvalues are the roots of what leaving a direction out costs.
 
     Attributes:
-        final_norm: `G`, by `tied_norm`, `(hidden_size, hidden_size)`.
+        final_norm: `G`, the matrix of `FinalNorm`, `(hidden_size, hidden_size)`.
     """
 
     final_norm: Tensor
@@ -112,14 +114,53 @@ class TiedBasis(ObliqueBasis):
         maps = {
             Place.WRITE: (root @ directions / stretch).T,
             Place.READ: torch.linalg.solve(root, directions) * stretch,
-            Place.END: square.expand(len(root)),
+            Place.END: torch.stack([square.expand(len(root)), square.new_zeros(len(root))]),
         }
         found = agreed(tuple(tensor.float().cpu().contiguous() for tensor in maps.values()))
         return {p: t.to(self.inputs.device) for p, t in zip(maps, found, strict=True)}
 
     def maps(self, size: int) -> dict[Place, Tensor]:
-        """The same for every size, and at `end` what the final norm multiplies by then."""
+        """The same for every size, and at `end` what the final norm multiplies by and adds."""
         return self._maps
+
+
+@dataclass(frozen=True)
+class LevelBasis:
+    """The best projection of a stream of which norms subtract the mean.
+
+    Moments and maps are of its other directions, one less than dimensions: see `level`.
+
+    Attributes:
+        directions: basis of `hidden_size - 1` dimensions.
+        shift: what the final norm of a tied head adds to the dense stream, `(hidden_size,)`.
+    """
+
+    directions: ObliqueBasis
+    shift: Tensor | None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a plan cannot keep dimensions of the network's own."""
+        return self.directions.is_needed
+
+    def maps(self, size: int) -> dict[Place, Tensor]:
+        """As `ObliqueBasis`; zero where dimensions are not kept."""
+        found = self.directions.maps(size - 1)
+        width = len(found[Place.WRITE]) + 1
+        outer, inner = (level(n)[:, :-1].to(found[Place.WRITE]) for n in (width, size))
+        write, read = found[Place.WRITE].new_zeros(2, width, width)
+        write[:size] = inner @ found[Place.WRITE][: size - 1] @ outer.T
+        read[:, :size] = outer @ found[Place.READ][:, : size - 1] @ inner.T
+        maps = {Place.WRITE: write, Place.READ: read}
+        if self.shift is not None:
+            factors = found[Place.END][0, :1].expand(width)
+            table = torch.linalg.pinv(write.T.double(), rtol=RANK_TOLERANCE)
+            shift = table @ self.shift.to(write).double()
+            maps[Place.END] = torch.stack([factors, agreed(shift.float().cpu()).to(write)])
+        return maps
+
+
+AnyBasis = ObliqueBasis | LevelBasis
 
 
 def _root(matrix: Tensor, least: float = 0.0) -> Tensor:
@@ -141,7 +182,7 @@ def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 
 def oblique_basis(
     masked: MaskedModel, architecture: Architecture, batches: Iterable[Any], seed: int
-) -> ObliqueBasis | None:
+) -> AnyBasis | None:
     """Observes the unmasked network.
 
     Args:
@@ -181,13 +222,20 @@ def oblique_basis(
                 for tensor in tensors:
                     flat = tensor.detach().flatten(0, -2)
                     add_moment(moment, flat, flat)
+    final_norm, has_mean = masked.tuning.final_norm, architecture.norm is Norm.LAYER
+    if has_mean:
+        outer = level(size)[:, :-1].to(moments[0].device)
+        moments = [outer.T @ moment.double() @ outer for moment in moments]
     inputs, fisher = (moment.double() / moment.diagonal().double().mean() for moment in moments)
     is_finite = agreed(bool(torch.isfinite(inputs).all() and torch.isfinite(fisher).all()))
-    final_norm = masked.tuning.final_norm
     if final_norm is None:
         return ObliqueBasis(inputs, fisher) if is_finite else None
-    alike = torch.eye(size, dtype=fisher.dtype, device=fisher.device)
-    return TiedBasis(inputs, fisher if is_finite else alike, final_norm)
+    alike = torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
+    fisher = fisher if is_finite else alike
+    if not has_mean:
+        return TiedBasis(inputs, fisher, final_norm.matrix)
+    matrix = outer.T @ final_norm.matrix.double() @ outer
+    return LevelBasis(TiedBasis(inputs, fisher, matrix), final_norm.shift)
 
 
 def _surprise(logits: Tensor, seed: int) -> Tensor:

@@ -6,6 +6,10 @@ the whole network, so nothing is left over at run time: what writes to the strea
 multiplied by `Q^T`, what reads from it by `diag(norm) Q`, and norm weights become one.
 In the basis of the stream's principal directions, hidden pruning drops directions
 instead of coordinates.
+
+LayerNorm subtracts the mean first, so it commutes with those orthogonal maps that keep every mean,
+`Q^T 1 = 1`; its bias is folded into the readers' biases. Of `k` coordinates the mean takes one, so
+they hold `k - 1` directions: see `level`.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered, is_writer
-from llm_vtrans.families.base import Architecture, Axis, Stream, TensorSpec
+from llm_vtrans.families.base import Architecture, Axis, Norm, Stream, TensorSpec
 from llm_vtrans.masking.hooks import removed_after
 
 
@@ -55,6 +59,8 @@ class Basis:
         norm_weight: Tensor | None,
     ) -> Tensor:
         """One tensor in the kept directions.
+
+        What a reader's bias takes on is not added here: see `through_reader`.
 
         Args:
             weight: of the dense model, any float dtype.
@@ -101,20 +107,32 @@ def rotated_architecture(architecture: Architecture) -> Architecture:
     return replace(architecture, tensors=(*architecture.tensors, head), tied_head=None)
 
 
-def tied_norm(weight: Tensor, basis: Tensor) -> Tensor:
-    """What the final norm multiplies by in the new basis, where the head shares the embedding.
+@dataclass(frozen=True)
+class FinalNorm:
+    """What the final norm does to its input in a new basis, where the head shares the embedding.
 
     The shared table cannot absorb it, as embeddings do not meet that norm, and a diagonal has no
     diagonal form in other directions.
 
-    Args:
-        weight: of the norm, `(hidden_size,)`.
-        basis: `Q`, `(hidden_size, hidden_size)`.
-
-    Returns:
-        `Q^T diag(weight) Q`, symmetric, in the basis's dtype and on its device.
+    Attributes:
+        matrix: symmetric, `(hidden_size, hidden_size)`.
+        shift: what it adds then, `(hidden_size,)`; None if nothing.
     """
-    return basis.T @ (weight.to(basis)[:, None] * basis)
+
+    matrix: Tensor
+    shift: Tensor | None = None
+
+    @classmethod
+    def rotated(cls, weight: Tensor, bias: Tensor | None, basis: Tensor) -> FinalNorm:
+        """`Q^T diag(weight) Q` and `Q^T bias`, in the basis's dtype and on its device.
+
+        Args:
+            weight: what the norm multiplies by, `(hidden_size,)`.
+            bias: what it adds, `(hidden_size,)`; None if nothing.
+            basis: `Q`, `(hidden_size, hidden_size)`.
+        """
+        matrix = basis.T @ (weight.to(basis)[:, None] * basis)
+        return cls(matrix, None if bias is None else basis.T @ bias.to(basis))
 
 
 def rotate_tensor(
@@ -137,6 +155,8 @@ def rotate_tensor(
         return weight
     if spec.stream is Stream.SCALES:
         return basis.new_ones(basis.shape[1]) - spec.offset
+    if spec.stream is Stream.SHIFTS:
+        return basis.new_zeros(basis.shape[1])
     dim = spec.dim_of(Axis.HIDDEN)
     if spec.stream is Stream.READS and dim is not None:
         assert norm_weight is not None, spec.name
@@ -145,30 +165,54 @@ def rotate_tensor(
     return _along_hidden(weight, spec, basis)
 
 
+def bias_of(norm: str) -> str:
+    """Name of a norm's bias, given that of its weight."""
+    return norm.removesuffix("weight") + "bias"
+
+
+def through_reader(weight: Tensor, spec: TensorSpec, norm_bias: Tensor) -> Tensor:
+    """What a reader makes of the bias of the norm in front, `(out,)` float32.
+
+    Args:
+        weight: of the dense reader, any float dtype.
+        spec: its row of the table.
+        norm_bias: `(hidden_size,)`.
+    """
+    return _along_hidden(weight, spec, norm_bias.float()[:, None]).squeeze()
+
+
 @torch.no_grad()
 def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) -> None:
     """Rotates a loaded model in place, one tensor in float32 at a time.
 
     Args:
         model: the library's model. If its head is tied, the final norm is missing afterwards:
-            see `tied_norm`.
+            see `FinalNorm`.
         architecture: its table.
         basis: `(hidden_size, hidden_size)` float32.
     """
     named = architecture.named_tensors()
     parameters = {name: model.get_parameter(name) for name in named}
-    norms = {}
-    for name, (spec, _) in named.items():
+    norms, moved = {}, {}
+    for name, (spec, layer) in named.items():
         if _scales(spec):
             with gathered([parameters[name]]):
                 norms[name] = parameters[name].detach() + spec.offset
+        if spec.reader is not None:
+            reader, norm_name = architecture.row(spec.reader), architecture.row(spec.reader).norm
+            assert norm_name is not None, spec.reader
+            weight = parameters[spec.reader.format(layer)]
+            bias = parameters[bias_of(norm_name).format(layer)]
+            with gathered([weight, bias]):
+                moved[name] = through_reader(weight, reader, bias)
     for name, (spec, layer) in named.items():
         norm = norms[spec.norm.format(layer)] if spec.norm else None
         parameter = parameters[name]
         with gathered([parameter]):
             if is_writer(parameter):
                 basis = basis.to(parameter.device)
-                parameter.copy_(rotate_tensor(parameter, spec, basis, norm))
+                rotated = rotate_tensor(parameter, spec, basis, norm)
+                parameter.copy_(rotated + moved.get(name, 0))
 
 
 def _scales(spec: TensorSpec) -> bool:
@@ -192,15 +236,18 @@ def principal_basis(
 
     Returns:
         Orthogonal `(hidden_size, hidden_size)` float32: eigenvectors of the second moment of
-        `x / rms(x)` over all tokens and norms, by descending eigenvalue.
+        `x / rms(x)` over all tokens and norms, by descending eigenvalue. Where norms subtract
+        the mean, so is it here, and what is left is written in coordinates of that mean.
     """
     size = architecture.num_units[Axis.HIDDEN]
     device = next(model.parameters()).device
+    has_mean = architecture.norm is Norm.LAYER
     moment = torch.zeros(size, size, dtype=torch.float32, device=device)
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         stream = args[0].detach().flatten(0, -2)
         x = stream.float()
+        x = x - x.mean(-1, keepdim=True) if has_mean else x
         x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-12)).to(stream.dtype)
         add_moment(moment, x, x)
 
@@ -212,5 +259,23 @@ def principal_basis(
     with removed_after(hooks):
         for batch in batches:
             forward(batch)
-    _, vectors = torch.linalg.eigh(moment.double())
-    return agreed(vectors.flip(1).float().cpu().contiguous())
+    moment = moment.double()
+    if has_mean:  # the direction of the mean comes last
+        moment -= moment.trace() / size
+    vectors = torch.linalg.eigh(moment)[1].flip(1)
+    if has_mean:
+        vectors[:, -1] = size**-0.5
+        vectors = vectors @ level(size).to(vectors)
+    return agreed(vectors.float().cpu().contiguous())
+
+
+def level(size: int) -> Tensor:
+    """The reflection that exchanges the last axis and the direction of the mean.
+
+    Returns:
+        Orthogonal, symmetric `(size, size)` float64. Its last column has equal entries; so the
+        others are coordinates of vectors without mean.
+    """
+    mirror = torch.full((size,), size**-0.5, dtype=torch.float64)
+    mirror[-1] -= 1
+    return torch.eye(size, dtype=torch.float64) - 2 / mirror.square().sum() * mirror.outer(mirror)

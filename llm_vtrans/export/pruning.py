@@ -8,7 +8,7 @@ The exported dense network computes the same function as the hard-masked one:
   writes to the stream is scaled by `sqrt(d' / d)` and norm weights by its inverse. The
   norm's epsilon then stays as it is (METHOD: scaling epsilon instead would also reach the
   per-head norms of families that share it). A LayerNorm was trained over the kept
-  dimensions and needs none of this;
+  dimensions and needs none of this, but for the length of what it gives after a rotation;
 - a tied head reads through the folded embedding, which the final norm undoes;
 - where dimensions inside heads go, the rest is written in the plan's basis of each head.
 """
@@ -40,9 +40,9 @@ from llm_vtrans.families.base import (
     TensorSpec,
 )
 from llm_vtrans.loading.checkpoint import Checkpoint
-from llm_vtrans.loading.model import norm_weight, stored_name
+from llm_vtrans.loading.model import norm_weight, stored_name, with_norm_bias
 from llm_vtrans.loading.shaped import shaped_config
-from llm_vtrans.masking.tuning import INPUT, OUTPUT, scale_name
+from llm_vtrans.masking.tuning import INPUT, OUTPUT, SHIFT, scale_name
 
 CHUNK_BYTES = 16 * 2**20  # of a vocabulary matrix held in float32 at a time
 COPIED = (
@@ -116,6 +116,8 @@ class Pruning:
         dtype = self.dtype or info.dtype
         if spec.dims[0].axis is not None:
             weight = self.source.read(source_name, self.device)
+            if self._is_rotated:
+                weight = with_norm_bias(weight, self.source, self.architecture, spec, layer)
             return self._transform(weight, spec, layer).to(dtype)
         rows = info.shape[0]
         step = max(1, CHUNK_BYTES // (4 * (info.num_bytes // info.dtype.itemsize // rows)))
@@ -161,17 +163,26 @@ class Pruning:
         return norm_weight(self.source, self.architecture, spec.norm, layer, self.device)
 
     @property
+    def _is_rotated(self) -> bool:
+        return self.basis is not None and self.basis.is_rotated
+
+    @property
+    def _lengthened(self) -> float:
+        """What norms are multiplied by to give vectors of the length that they had."""
+        if self.architecture.norm is Norm.LAYER and not self._is_rotated:
+            return 1.0
+        return sqrt(self.architecture.num_units[Axis.HIDDEN] / self.plan.shape.hidden)
+
+    @property
     def _shrunk(self) -> float:
         """What writes to the stream are multiplied by, so that norms need no other epsilon."""
-        if self.architecture.norm is Norm.LAYER:
-            return 1.0
-        return sqrt(self.plan.shape.hidden / self.architecture.num_units[Axis.HIDDEN])
+        return 1.0 if self.architecture.norm is Norm.LAYER else 1 / self._lengthened
 
     def fold(self, weight: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         """What is kept of a tensor, with gates, factors and the norm's correction folded in."""
         if spec.stream in (Stream.SCALES, Stream.SHIFTS, Stream.RENEWS):
             factor = self._norm_factor(spec, layer).to(weight.device)
-            return (weight + spec.offset) * factor - spec.offset
+            return (weight + spec.offset) * factor - spec.offset + self._norm_shift(spec)
         if not spec.is_write:
             return weight
         for index, dim in enumerate(spec.dims):
@@ -190,9 +201,24 @@ class Pruning:
         factor = self._scale(spec, layer, OUTPUT, self.kept(Axis.HIDDEN, None))
         if spec.stream is Stream.RENEWS:
             return factor * self.plan.gate[Axis.HIDDEN][self.kept(Axis.HIDDEN, None)]
-        if self.architecture.tied_head and self.architecture.is_final_norm(spec):
-            factor = factor / self._hidden_factor(self.architecture.embedding, None)
-        return factor / self._shrunk if spec.stream is Stream.SCALES else factor
+        factor = factor * self._seen_by_head(spec)
+        return factor * self._lengthened if spec.stream is Stream.SCALES else factor
+
+    def _seen_by_head(self, spec: TensorSpec) -> Tensor | float:
+        """What undoes, in the final norm, what is folded into a table that the head shares."""
+        if not self.architecture.tied_head or not self.architecture.is_final_norm(spec):
+            return 1.0
+        return 1 / self._hidden_factor(self.architecture.embedding, None)
+
+    def _norm_shift(self, spec: TensorSpec) -> Tensor | float:
+        """What the final norm adds on top of its folded bias, `(num_kept,)`."""
+        module = self.architecture.final_norm.rpartition(".")[0]
+        shift = self.scales.get(scale_name(module, SHIFT))
+        if shift is None or spec.stream is not Stream.SHIFTS:
+            return 0.0
+        if not self.architecture.is_final_norm(spec):
+            return 0.0
+        return (shift[self.kept(Axis.HIDDEN, None)] * self._seen_by_head(spec)).to(self.device)
 
     def _hidden_factor(self, spec: TensorSpec, layer: int | None) -> Tensor:
         """What a write's kept hidden dimensions are multiplied by, `(num_kept,)` or `(1,)`."""

@@ -112,6 +112,8 @@ class TensorSpec:
         stream: how the hidden dimension meets the residual stream.
         sublayer: the residual branch the tensor goes with; None outside the layers.
         norm: name of the norm in front of a reader, whose weight rotation folds.
+        reader: of a bias, name of the weight behind which it is added, where that reads the
+            stream through a norm with a bias: rotation folds that bias here.
         is_lookup: True for embedding tables, which cost no multiply-accumulates.
         offset: added to a norm's stored weight when it is used.
         grows_with_width: True for a table whose rows the model multiplies by the root of its
@@ -124,6 +126,7 @@ class TensorSpec:
     stream: Stream = Stream.APART
     sublayer: Sublayer | None = None
     norm: str | None = None
+    reader: str | None = None
     is_lookup: bool = False
     offset: float = 0.0
     grows_with_width: bool = False
@@ -170,6 +173,8 @@ class Architecture:
         norm: of the residual stream.
         couples_heads: the stock config knows no `head_dim`: heads times their width must be
             the hidden size, so that layout prunes dimensions inside heads, too.
+        rotates: whether norms come in front of what reads the stream, and all that they multiply
+            by and add can be folded there or stay beside a tied head (see ROTATE).
     """
 
     num_layers: int
@@ -180,6 +185,7 @@ class Architecture:
     max_positions: int
     norm: Norm = Norm.RMS
     couples_heads: bool = False
+    rotates: bool = False
 
     @property
     def is_post_norm(self) -> bool:
@@ -267,8 +273,6 @@ class Family:
         describe: config -> `Architecture`; raises UserError for variants not supported.
         stock_config: (config dict, shape) -> config dict loadable by stock `transformers`.
         per_layer_config: the same with one shape per layer.
-        rotates: whether an orthogonal change of basis of the stream leaves the function as it
-            is (true of RMSNorm, not of LayerNorm).
         ignored: suffixes of checkpoint entries that no forward pass of ours reads (buffers of
             old versions, a pooler that the head does not use).
         base_prefix: what tensor names begin with in a model with a head; published checkpoints
@@ -280,7 +284,6 @@ class Family:
     describe: Callable[[Any], Architecture]
     stock_config: Callable[[dict[str, Any], Shape], dict[str, Any]]
     per_layer_config: Callable[[dict[str, Any], Shape], dict[str, Any]]
-    rotates: bool = False
     ignored: tuple[str, ...] = field(default=())
     base_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()

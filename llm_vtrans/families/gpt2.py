@@ -65,6 +65,8 @@ def _describe(config: Any) -> Architecture:
         max_positions=config.n_positions,
         norm=Norm.LAYER,
         couples_heads=True,
+        # A head of its own has no bias that could take the final norm's.
+        rotates=is_lm and config.tie_word_embeddings,
     )
 
 
@@ -80,10 +82,12 @@ def _layer(hidden: Dim, ffn: Dim) -> tuple[TensorSpec, ...]:
     fused = Dim(3 * hidden.size, Axis.HEADS, FUSED)
     mixed = Dim(hidden.size, Axis.HEADS, (Role.OUTPUT,))
 
-    def reads(path: str, out: Dim, part: Sublayer) -> tuple[TensorSpec, ...]:
+    def reads(path: str, out: Dim, part: Sublayer, norm: str) -> tuple[TensorSpec, ...]:
+        weight = f"{prefix}{path}.weight"
+        norm = f"{prefix}{norm}.weight"
         return (
-            TensorSpec(f"{prefix}{path}.weight", (hidden, out), Stream.READS, part),
-            TensorSpec(f"{prefix}{path}.bias", (out,), sublayer=part),
+            TensorSpec(weight, (hidden, out), Stream.READS, part, norm),
+            TensorSpec(f"{prefix}{path}.bias", (out,), sublayer=part, reader=weight),
         )
 
     def writes(path: str, units: Dim, part: Sublayer) -> tuple[TensorSpec, ...]:
@@ -94,10 +98,10 @@ def _layer(hidden: Dim, ffn: Dim) -> tuple[TensorSpec, ...]:
 
     return (
         *_norm(f"{prefix}ln_1", hidden, Sublayer.ATTENTION),
-        *reads("attn.c_attn", fused, Sublayer.ATTENTION),
+        *reads("attn.c_attn", fused, Sublayer.ATTENTION, "ln_1"),
         *writes("attn.c_proj", mixed, Sublayer.ATTENTION),
         *_norm(f"{prefix}ln_2", hidden, Sublayer.FFN),
-        *reads("mlp.c_fc", ffn, Sublayer.FFN),
+        *reads("mlp.c_fc", ffn, Sublayer.FFN, "ln_2"),
         *writes("mlp.c_proj", ffn, Sublayer.FFN),
     )
 

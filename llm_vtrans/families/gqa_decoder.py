@@ -71,6 +71,7 @@ def describe(config: Any) -> Architecture:
             TensorSpec(FINAL_NORM, (hidden,), Stream.SCALES),
             *(() if tied else (head,)),
         ),
+        rotates=True,
         final_norm=FINAL_NORM,
         tied_head=HEAD if tied else None,
         max_positions=config.max_position_embeddings,
@@ -195,7 +196,6 @@ GQA_DECODER = register(
         describe=describe,
         stock_config=stock_config,
         per_layer_config=per_layer_config,
-        rotates=True,
         ignored=(".self_attn.rotary_emb.inv_freq",),
     )
 )

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llm_vtrans.basis.rotation import rotate_tensor
+from llm_vtrans.basis.rotation import FinalNorm, bias_of, rotate_tensor, through_reader
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered, is_writer
 from llm_vtrans.errors import UserError, blame
-from llm_vtrans.families import Architecture
+from llm_vtrans.families.base import Architecture, TensorSpec
 from llm_vtrans.loading.checkpoint import Checkpoint
 from llm_vtrans.loading.quantised import FULL, is_quantised, set_quantised
 from llm_vtrans.loading.source import RESTORE, Source
@@ -64,6 +64,7 @@ class Weights:
         norm = None
         if spec.norm is not None:
             norm = norm_weight(checkpoint, self.architecture, spec.norm, layer, device)
+        weight = with_norm_bias(weight, checkpoint, self.architecture, spec, layer)
         return rotate_tensor(weight, spec, self.basis.to(device), norm)
 
 
@@ -166,6 +167,52 @@ def norm_weight(
         device: to read it to.
     """
     return checkpoint.read(name.format(layer), device) + architecture.row(name).offset
+
+
+def norm_bias(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    name: str,
+    layer: int | None = None,
+    device: torch.device = CPU,
+) -> Tensor | None:
+    """What a norm adds, `(hidden_size,)`; None if nothing. Its arguments are `norm_weight`'s."""
+    if not any(spec.name == bias_of(name) for spec in architecture.tensors):
+        return None
+    return checkpoint.read(bias_of(name).format(layer), device)
+
+
+def final_norm(checkpoint: Checkpoint, architecture: Architecture, basis: Tensor) -> FinalNorm:
+    """What a tied head needs after a rotation `(hidden_size, hidden_size)`."""
+    name = architecture.final_norm
+    weight = norm_weight(checkpoint, architecture, name)
+    return FinalNorm.rotated(weight, norm_bias(checkpoint, architecture, name), basis)
+
+
+def with_norm_bias(
+    weight: Tensor,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    spec: TensorSpec,
+    layer: int | None,
+) -> Tensor:
+    """A tensor and, if it is a reader's bias, what that makes of the bias of the norm in front.
+
+    Args:
+        weight: as the checkpoint has it.
+        checkpoint: the dense shards.
+        architecture: their table.
+        spec: the tensor's row.
+        layer: index of the layer, None outside.
+    """
+    if spec.reader is None:
+        return weight
+    reader = architecture.row(spec.reader)
+    assert reader.norm is not None, reader.name
+    bias = norm_bias(checkpoint, architecture, reader.norm, layer, weight.device)
+    assert bias is not None, reader.norm
+    matrix = checkpoint.read(reader.name.format(layer), weight.device)
+    return weight.float() + through_reader(matrix, reader, bias)
 
 
 def stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str:

@@ -286,19 +286,15 @@ class MaskedModel(nn.Module):
         part = None if spec.sublayer is None else spec.sublayer.order
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            gates = self._gates
+            gates, is_stream = self._gates, spec.stream is Stream.RENEWS
             if gates is None:
-                return None
-            if PRESENT_HIDDEN in gates:
-                assert isinstance(module, nn.LayerNorm)
-                output = weighted_layer_norm(args[0], module, gates[PRESENT_HIDDEN])
-            is_stream = spec.stream is Stream.RENEWS
+                return None if is_stream else self._read(output, spec, layer)
+            output = self.layer_norm(module, args[0], output)
             gate = gates.get(Axis.HIDDEN) if is_stream else None
             factor = _product(gate, self.tuning.scale(path, OUTPUT))
             output = output if factor is None else apply_gate(output, factor)
             if not is_stream:
-                matrix, kept = self._map(spec, layer), gates.get(KEPT_HIDDEN)
-                return output if matrix is None else map_read(output, matrix, kept)
+                return self._read(output, spec, layer)
             if part is not None and PRESENT_LAYERS in gates:
                 # Without the norm the noise of an absent sub-layer would stay in the stream.
                 before = args[0] - self._added.pop((layer, part))
@@ -307,6 +303,33 @@ class MaskedModel(nn.Module):
             return output
 
         return hook
+
+    def _read(self, normal: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
+        """What readers behind a norm get from its output."""
+        matrix = self._map(spec, layer)
+        if matrix is None:
+            return normal
+        kept = (self._gates or {}).get(KEPT_HIDDEN)
+        before, after = (None, None)
+        if self.architecture.is_final_norm(spec):
+            before, after = self.tuning.shifts()
+        normal = normal if before is None else normal + before.to(normal.dtype)
+        output = map_read(normal, matrix, kept)
+        return output if after is None else output + after.to(output.dtype)
+
+    def layer_norm(self, norm: nn.Module, stream: Tensor, output: Tensor) -> Tensor:
+        """What a LayerNorm gives of the stream where hidden dimensions are gone.
+
+        Args:
+            norm: the module, whose output for the whole stream is `output`.
+            stream: its input, `(..., width)`.
+            output: the same shape.
+        """
+        present = None if self._gates is None else self._gates.get(PRESENT_HIDDEN)
+        if present is None or not isinstance(norm, nn.LayerNorm):
+            return output
+        width = self.architecture.num_units[Axis.HIDDEN] if self.tuning.is_rotated else None
+        return weighted_layer_norm(stream, norm, present, width)
 
     def _keep_present(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._gates is None or PRESENT_HIDDEN not in self._gates:

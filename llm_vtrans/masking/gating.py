@@ -57,7 +57,9 @@ def map_written(output: Tensor, matrix: Tensor, kept: Tensor | None) -> Tensor:
     return mapped.new_zeros(output.shape).index_copy_(-1, kept, mapped)
 
 
-def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tensor:
+def weighted_layer_norm(
+    x: Tensor, norm: nn.LayerNorm, present: Tensor, width: int | None = None
+) -> Tensor:
     """LayerNorm over the dimensions that are present, and zero in the others.
 
     Args:
@@ -65,12 +67,16 @@ def weighted_layer_norm(x: Tensor, norm: nn.LayerNorm, present: Tensor) -> Tenso
         norm: the dense layer, whose weight, bias and epsilon are used.
         present: `(width,)` float32 in [0, 1]; ones give the dense function, zeros and ones
             that of a smaller layer.
+        width: of the dense layer, of which the output keeps the length; None if each dimension
+            keeps its size.
     """
     values = x.float()
     total = present.sum()
     centred = values - (values * present).sum(-1, keepdim=True) / total
     variance = (centred.square() * present).sum(-1, keepdim=True) / total
     normal = centred * torch.rsqrt(variance + norm.eps)
+    if width is not None:
+        normal = normal * (width / total).sqrt()
     return ((normal * norm.weight.float() + norm.bias.float()) * present).to(x.dtype)
 
 

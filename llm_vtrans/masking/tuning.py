@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.basis.rotation import Basis
-from llm_vtrans.families.base import Architecture, Axis, Place, Stream, Sublayer, TensorSpec
+from llm_vtrans.basis.rotation import Basis, FinalNorm
+from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream, Sublayer, TensorSpec
 
-INPUT, OUTPUT = "in", "out"
+INPUT, OUTPUT, SHIFT = "in", "out", "shift"
 MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
 MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a pair for every sub-layer
 MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
@@ -42,13 +42,13 @@ class Tuning(nn.Module):
     `W @ map[:, K]`. Sub-layers always have maps; embeddings and head where the stream was rotated,
     or where they are one table. Then the head reads through the embedding's map, transposed; after
     a rotation, where the tuning does not act, through the final norm's own matrix in the new basis
-    (`tie`): only then it is the dense head.
+    (`tie`): only then it is the dense head. What the final norm adds is trained there, too.
 
     They act where gates are set and `is_on` is. Once `K` is settled, the rest of them goes.
 
     Args:
         architecture: table of the model.
-        is_rotated: whether the stream's basis was changed (`Family.rotates`).
+        is_rotated: whether the stream's basis was changed (`Architecture.rotates`).
         is_empty: neither maps nor factors.
     """
 
@@ -57,9 +57,9 @@ class Tuning(nn.Module):
         self._size = architecture.num_units[Axis.HIDDEN]
         self._kept: Tensor | None = None  # indices of hidden dimensions, once they are settled
         self._is_tied = architecture.tied_head is not None and not architecture.is_post_norm
-        self.final_norm: Tensor | None
-        self.register_buffer("final_norm", None, persistent=False)
-        self._final_scale = scale_name(architecture.final_norm.rpartition(".")[0], OUTPUT)
+        self.final_norm: FinalNorm | None = None  # by `tie`
+        final = architecture.final_norm.rpartition(".")[0]
+        self._final_scale, self._final_shift = (scale_name(final, s) for s in (OUTPUT, SHIFT))
         places = {Place.WRITE, Place.READ}
         if self._is_tied:
             places.add(Place.START)
@@ -73,6 +73,9 @@ class Tuning(nn.Module):
                 if not is_empty and spec.place in places
             }
         )
+        self.shift: nn.Parameter | None = None  # of the final norm, where it has a bias
+        if is_rotated and self._is_tied and architecture.norm is Norm.LAYER and not is_empty:
+            self.shift = nn.Parameter(torch.zeros(self._size))
         self.scales = nn.ParameterDict()
         for name, (spec, _) in architecture.named_tensors().items():
             module, _, leaf = name.rpartition(".")
@@ -96,13 +99,18 @@ class Tuning(nn.Module):
             return spec.place.value
         return f"{spec.place.value}{spec.depth(layer) // self._sublayers_per_map}"
 
-    def tie(self, final_norm: Tensor) -> None:
-        """Says what a tied head needs while the tuning does not act.
+    def tie(self, final_norm: FinalNorm) -> None:
+        """Says what a tied head needs while the tuning does not act."""
+        device, shift = next(self.parameters()).device, final_norm.shift
+        self.final_norm = FinalNorm(
+            final_norm.matrix.to(device), None if shift is None else shift.to(device)
+        )
 
-        Args:
-            final_norm: by `tied_norm`, `(hidden_size, hidden_size)`.
-        """
-        self.final_norm = final_norm.to(next(self.parameters()).device)
+    def shifts(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a tied head's input is moved by in front of its map and behind it, `(width,)`."""
+        if self.is_on:
+            return self.shift, None
+        return None, None if self.final_norm is None else self.final_norm.shift
 
     def prepared(
         self, kept: Tensor | None, dtype: torch.dtype, has_gates: bool = True
@@ -122,7 +130,7 @@ class Tuning(nn.Module):
         if self._is_tied and maps:
             maps[Place.END] = maps[Place.START].T
         elif self.final_norm is not None:
-            maps[Place.END] = self.final_norm
+            maps[Place.END] = self.final_norm.matrix
         if kept is not None and self._kept is None:
             maps = {n: m.index_select(_side(n), kept) for n, m in maps.items()}
         return {name: matrix.to(dtype) for name, matrix in maps.items()}
@@ -159,8 +167,8 @@ class Tuning(nn.Module):
 
         Args:
             maps: of `Place.WRITE` and `Place.READ`, which embeddings and head begin with, too; for
-                a tied head at `Place.END` the final norm's factors, `(hidden_size,)`. None for
-                the identity, and not to act.
+                a tied head at `Place.END` the final norm's factors and what it adds,
+                `(2, hidden_size)`. None for the identity, and not to act.
         """
         self.is_on = maps is not None
         for name, parameter in self.maps.items():
@@ -171,7 +179,9 @@ class Tuning(nn.Module):
         for scale in self.scales.values():
             scale.fill_(1)
         if maps is not None and self._is_tied:
-            self.scales[self._final_scale].copy_(maps[Place.END])
+            self.scales[self._final_scale].copy_(maps[Place.END][0])
+            if self.shift is not None:
+                self.shift.copy_(maps[Place.END][1])
 
     def basis(self, rotation: Tensor | None) -> Basis | None:
         """The stream's directions, maps and rotation in one; None if neither is there.
@@ -204,8 +214,11 @@ class Tuning(nn.Module):
         return matrix.new_zeros(self._size, self._size).index_copy_(_side(name), self._kept, matrix)
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors by `scale_name`, on the CPU."""
-        return {name: scale.detach().cpu() for name, scale in self.scales.items()}
+        """The factors, and what the final norm adds, by `scale_name`; on the CPU."""
+        found = dict(self.scales.items())
+        if self.shift is not None:
+            found[self._final_shift] = self.shift
+        return {name: values.detach().cpu() for name, values in found.items()}
 
     def parameter_groups(self, loss: float) -> list[dict[str, Any]]:
         """For an optimizer of Adam's kind; `peak` is the largest learning rate of a group.
@@ -220,6 +233,7 @@ class Tuning(nn.Module):
         """
         distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
+        scales += [] if self.shift is None else [self.shift]
         rate = MAP_LEARNING_RATE * distance
         groups = [{"params": [matrix], "peak": rate / self._size} for matrix in maps]
         return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE * distance}]

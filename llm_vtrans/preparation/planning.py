@@ -15,7 +15,7 @@ from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.families.base import head_of
+from llm_vtrans.families.base import Norm, head_of
 from llm_vtrans.loading.source import Source, load_tokenizer
 from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
@@ -32,12 +32,18 @@ def rotates(args: PruneArguments, source: Source) -> bool:
     """Whether the residual stream is rotated before masks are trained.
 
     Raises:
-        UserError: `--rotate pca` for a family whose norm does not allow it.
+        UserError: `--rotate pca` for a model whose norms do not allow it.
     """
-    if args.rotate == "pca" and not source.family.rotates:
+    architecture = source.architecture
+    if args.rotate == "pca" and not architecture.rotates:
         raise UserError(f"--rotate pca: {source.config.model_type} does not allow a rotation")
+    if args.rotate == "pca" and args.trains_weights and architecture.norm is Norm.LAYER:
+        raise UserError(
+            f"--rotate pca with --variant {args.variant}: LayerNorms are rotated with frozen "
+            "weights alone; use --variant faster"
+        )
     # A tied table that is trained would have to come apart: its two parts learn differently.
-    fits = source.family.rotates and not (source.architecture.tied_head and args.trains_weights)
+    fits = architecture.rotates and not (architecture.tied_head and args.trains_weights)
     is_wanted = args.rotate == "pca" or (args.rotate == "auto" and fits)
     return is_wanted and "hidden" in args.structures()
 

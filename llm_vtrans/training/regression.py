@@ -24,8 +24,7 @@ from llm_vtrans.basis.moments import add_moment
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Stream, TensorSpec
 from llm_vtrans.masking.attachment import MaskedModel
-from llm_vtrans.masking.by_layer import KEPT_HIDDEN, PRESENT_HIDDEN, PRESENT_LAYERS, Gates
-from llm_vtrans.masking.gating import weighted_layer_norm
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN, PRESENT_LAYERS, Gates
 from llm_vtrans.masking.hooks import removed_after
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.layer_matching import token_mask
@@ -139,7 +138,6 @@ def _read(
 ) -> dict[str, Tensor]:
     """What stands in front of the maps in every place, `(..., hidden_size)`, under some gates."""
     seen: dict[str, Tensor] = {}
-    present = None if gates is None else gates.get(PRESENT_HIDDEN)
 
     def input_of(place: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -149,9 +147,7 @@ def _read(
 
     def output_of(place: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if present is not None and isinstance(module, nn.LayerNorm):
-                output = weighted_layer_norm(args[0], module, present)
-            seen[place] = output
+            seen[place] = masked.layer_norm(module, args[0], output)
 
         return hook
 

@@ -127,7 +127,7 @@ def test_masked_networks_compute_what_they_do_on_a_processor(name: str, tmp_path
     found = []
     for device in (torch.device("cpu"), CUDA):
         model = load_model(source, torch.float32, device)
-        tuning = Tuning(architecture, source.family.rotates).to(device)
+        tuning = Tuning(architecture, architecture.rotates).to(device)
         masked = MaskedModel(model, architecture, tuning)
         tuning.is_on = True
         masked.set_gates(hard_gates(plan, device))

@@ -15,7 +15,7 @@ from tests.runs import flags, write_inputs
 from tests.tiny import VOCAB_SIZE
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma", "gpt2"])
 def test_it_is_rotated_and_stays_tied(tmp_path: Path, name: str) -> None:
     given = [*flags(write_inputs(tmp_path, name=name), samples=32), "--quiet"]
     run, other, plain = (tmp_path / folder for folder in ("out", "other", "plain"))
@@ -29,7 +29,7 @@ def test_it_is_rotated_and_stays_tied(tmp_path: Path, name: str) -> None:
         assert not [f for f in verify(Subject.open(folder)) if f.is_failure]
         assert "lm_head.weight" not in load_file(folder / "model.safetensors")
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        assert exported.lm_head.weight is exported.model.embed_tokens.weight
+        assert exported.lm_head.weight is exported.get_input_embeddings().weight
         expected = masked_logits(str(tmp_path / "model"), folder, tokens)
         with torch.no_grad():
             difference = (exported(tokens).logits - expected).abs().max()

@@ -16,6 +16,7 @@ from llm_vtrans.basis.rotation import Basis
 from llm_vtrans.budget.cost import dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis
+from llm_vtrans.families.base import Norm
 from llm_vtrans.loading.source import open_source
 from tests.tiny import VOCAB_SIZE, save_tiny
 
@@ -220,11 +221,12 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     given = case(tmp_path, sparsity=0.9)
     with pytest.raises(UserError, match="unreachable"):  # embeddings alone are more than that
         BASELINES["wanda-sp"].prune(given)
-    family = replace(given.source.family, rotates=False)
-    fixed = replace(given, source=replace(given.source, family=family))
-    for name in ("slicegpt", "truncation", "flap+rotation"):
-        with pytest.raises(UserError, match="rotation"):
-            BASELINES[name].prune(fixed)
+    table = given.source.architecture
+    for other in (replace(table, rotates=False), replace(table, norm=Norm.LAYER)):
+        fixed = replace(given, source=replace(given.source, architecture=other))
+        for name in ("slicegpt", "truncation", "flap+rotation"):
+            with pytest.raises(UserError, match="rotation"):
+                BASELINES[name].prune(fixed)
 
 
 def test_variants_share_their_score() -> None:

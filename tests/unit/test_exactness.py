@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.basis.rotation import rotate_model, rotated_architecture, tied_norm
+from llm_vtrans.basis.rotation import level, rotate_model, rotated_architecture
 from llm_vtrans.budget.cost import mac_cost, parameter_cost
 from llm_vtrans.export.pruning import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
-from llm_vtrans.families.base import head_of
-from llm_vtrans.loading.model import load_model, norm_weight
+from llm_vtrans.families.base import Norm, head_of
+from llm_vtrans.loading.model import final_norm, load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.tuning import MAP_NUMBERS, Tuning
@@ -104,6 +104,8 @@ def random_tuning(architecture: Architecture, is_rotated: bool, seed: int) -> Tu
         matrix += 0.1 * torch.randn(matrix.shape, generator=draw)
     for factor in tuning.scales.values():
         factor.copy_(0.5 + torch.rand(factor.shape, generator=draw))
+    if tuning.shift is not None:
+        tuning.shift.copy_(torch.randn(tuning.shift.shape, generator=draw))
     return tuning
 
 
@@ -119,16 +121,15 @@ def check_exact(
 ) -> None:
     source = open_source(str(folder))
     architecture, rotation, basis = source.architecture, None, None
-    is_rotated = is_rotated and source.family.rotates
+    is_rotated = is_rotated and architecture.rotates
     inputs = inputs_for(source.config, seed)
     dense = logits_of(load_model(source, torch.float32, torch.device("cpu"))(**inputs))
-    if is_apart and is_rotated:
+    if is_apart and is_rotated and architecture.norm is Norm.RMS:
         architecture = rotated_architecture(architecture)
     model = load_model(source, torch.float32, torch.device("cpu"), architecture)
     if is_rotated:
         size = architecture.num_units[Axis.HIDDEN]
-        noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
-        rotation = torch.linalg.qr(noise)[0]
+        rotation = random_rotation(size, seed, architecture.norm)
         rotate_model(model, architecture, rotation)
     is_tied = rotation is not None and architecture.tied_head is not None
     plain = logits_of(model(**inputs))
@@ -139,8 +140,7 @@ def check_exact(
     plan = random_plan(architecture, is_uniform, seed, prunes_hidden, basis)
     tuning = random_tuning(architecture, rotation is not None, seed)
     if rotation is not None and is_tied:
-        norm = norm_weight(source.checkpoint, architecture, architecture.final_norm)
-        tuning.tie(tied_norm(norm, rotation))
+        tuning.tie(final_norm(source.checkpoint, architecture, rotation))
     masked = MaskedModel(model, architecture, tuning)
     if is_tied:
         assert relative(masked(inputs), dense) < TOLERANCE
@@ -165,6 +165,17 @@ def check_exact(
     assert counter.get_total_flops() == 2 * mac_cost(architecture, SEQ_LEN).of(plan.shape)
     if is_uniform:
         assert type(exported).__module__.startswith("transformers.models.")
+
+
+def random_rotation(size: int, seed: int, norm: Norm) -> torch.Tensor:
+    """Orthogonal; where norms subtract the mean, it leaves every mean as it is."""
+    num = size - 1 if norm is Norm.LAYER else size
+    noise = torch.randn(num, num, generator=torch.Generator().manual_seed(seed))
+    rotation = torch.linalg.qr(noise)[0]
+    if num == size:
+        return rotation
+    mirror = level(size).float()
+    return mirror @ torch.block_diag(rotation, torch.ones(1, 1)) @ mirror
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -200,6 +211,14 @@ def test_a_rotated_head_stays_tied_or_comes_apart(
     folder, out = save_tiny(name, tmp_path / "dense"), tmp_path / "out"
     out.mkdir()
     check_exact(folder, out, is_uniform, True, 1, True, is_apart)
+
+
+@pytest.mark.parametrize("prunes_hidden", [True, False])
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_layer_norms_are_rotated(tmp_path: Path, is_uniform: bool, prunes_hidden: bool) -> None:
+    folder, out = save_tiny("gpt2", tmp_path / "dense"), tmp_path / "out"
+    out.mkdir()
+    check_exact(folder, out, is_uniform, True, 1, prunes_hidden)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

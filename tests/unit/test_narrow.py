@@ -42,7 +42,7 @@ class Case:
                 self.model, architecture, [self.inputs], lambda b: self.model(**b)
             )
         self.plan = random_plan(architecture, seed % 3 == 0, seed, basis=basis)
-        tuning = Tuning(architecture, self.source.family.rotates)
+        tuning = Tuning(architecture, architecture.rotates)
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in tuning.parameters():

@@ -1,5 +1,6 @@
 """The oblique basis: the projector of least loss, and what observes the network."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm_vtrans.basis import oblique
-from llm_vtrans.basis.oblique import RIDGE, ObliqueBasis, TiedBasis, oblique_basis
-from llm_vtrans.basis.rotation import rotate_model, tied_norm
+from llm_vtrans.basis.oblique import RIDGE, LevelBasis, ObliqueBasis, TiedBasis, oblique_basis
+from llm_vtrans.basis.rotation import FinalNorm, bias_of, level, rotate_model
 from llm_vtrans.budget.cost import complete
-from llm_vtrans.families.base import Place
-from llm_vtrans.loading.model import load_model, norm_weight
+from llm_vtrans.families.base import Norm, Place
+from llm_vtrans.loading.model import final_norm, load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
 from tests.tiny import VOCAB_SIZE, save_tiny
+from tests.unit.test_exactness import random_rotation
 
 WIDTH = 12
 
@@ -67,7 +69,7 @@ def test_observed_moments(tmp_path: Path, family: str) -> None:
     tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
     basis = oblique_basis(masked, source.architecture, [{"input_ids": tokens}], 0)
     again = oblique_basis(masked, source.architecture, [{"input_ids": tokens}], 0)
-    assert basis is not None and again is not None
+    assert isinstance(basis, ObliqueBasis) and isinstance(again, ObliqueBasis)
     assert torch.equal(basis.fisher, again.fisher)
     for moment in (basis.inputs, basis.fisher):
         assert float(moment.diagonal().mean()) == pytest.approx(1)
@@ -86,12 +88,12 @@ def test_tied_basis(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = 0.2 + torch.rand(WIDTH, dtype=torch.float64, generator=generator)
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0]
-    norm, moment = tied_norm(weights, rotation), random_moment(generator)
+    norm, moment = FinalNorm.rotated(weights, None, rotation).matrix, random_moment(generator)
     basis = TiedBasis(moment, random_moment(generator), norm)
     maps = {place: matrix.double() for place, matrix in basis.maps(size).items()}
     table, read, factors = maps[Place.WRITE].T, maps[Place.READ], maps[Place.END]
     identity = torch.eye(WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(table * factors @ table.T, norm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(table * factors[0] @ table.T, norm, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(read @ table.T, identity, rtol=1e-4, atol=1e-4)
     written = table.T @ moment @ table  # norms see the length that they saw
     assert float(written.trace()) == pytest.approx(float(moment.trace()), rel=1e-4)
@@ -111,7 +113,28 @@ def test_tied_basis_where_moments_commute(seed: int, size: int) -> None:
     assert loss(basis, projector) == pytest.approx(float(costs[: WIDTH - size].sum()), abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gemma"])
+@given(st.integers(0, 2**31), st.integers(2, WIDTH + 1))
+def test_level_basis(seed: int, size: int) -> None:
+    """The projection of the directions without mean, and nothing has a mean on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = TiedBasis(*(random_moment(generator) for _ in range(3)))
+    shift = torch.randn(WIDTH + 1, generator=generator)
+    maps = LevelBasis(inner, shift).maps(size)
+    write, read = maps[Place.WRITE], maps[Place.READ]
+    assert not write[size:].any() and not read[:, size:].any()
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    close(write.sum(0), torch.zeros(WIDTH + 1))
+    close(read.sum(1), torch.zeros(WIDTH + 1))
+    outer, found = level(WIDTH + 1)[:, :-1].float(), inner.maps(size - 1)
+    projector = found[Place.READ][:, : size - 1] @ found[Place.WRITE][: size - 1]
+    close(read @ write, outer @ projector @ outer.T)
+    factors, added = maps[Place.END]
+    close(factors, found[Place.END][0, :1].expand(WIDTH + 1))
+    rest = shift - write.T @ added  # what the head's part of the table cannot express
+    close(write @ rest, torch.zeros(WIDTH + 1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma", "gpt2"])
 def test_a_tied_head_in_other_directions(tmp_path: Path, family: str) -> None:
     """Where the final norm weighs all dimensions alike no norm sees another length: exact."""
     dense = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path))
@@ -120,6 +143,9 @@ def test_a_tied_head_in_other_directions(tmp_path: Path, family: str) -> None:
     norm = table.row(table.final_norm)
     with torch.no_grad():
         dense.get_parameter(norm.name).fill_(1.7 - norm.offset)
+        if table.norm is Norm.LAYER:  # a bias's mean has no direction
+            bias = dense.get_parameter(bias_of(norm.name))
+            bias -= bias.mean()
         dense.save_pretrained(tmp_path)
         tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))
         expected = dense(tokens).logits
@@ -127,27 +153,27 @@ def test_a_tied_head_in_other_directions(tmp_path: Path, family: str) -> None:
     model = load_model(source, torch.float32, torch.device("cpu"))
     tuning = Tuning(table, is_rotated=True)
     masked = MaskedModel(model, table, tuning)
-    rotation = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))[0]
+    rotation = random_rotation(24, 0, table.norm)
     rotate_model(model, table, rotation)
-    tuning.tie(tied_norm(norm_weight(source.checkpoint, table, norm.name), rotation))
+    tuning.tie(final_norm(source.checkpoint, table, rotation))
     basis = oblique_basis(masked, table, [{"input_ids": tokens}], 0)
-    assert isinstance(basis, TiedBasis)
+    assert isinstance(basis, TiedBasis | LevelBasis)
     tuning.start(basis.maps(24))
     masked.set_gates(complete({"layers": torch.ones(1, 1)}, table))
     torch.testing.assert_close(masked(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
 def test_a_tied_head_has_its_basis_without_fisher_information(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Where gradients overflow, variance alone decides: the model cannot do without."""
-    source = open_source(str(save_tiny("llama-tied", tmp_path)))
+    source = open_source(str(save_tiny(family, tmp_path)))
     table, cpu = source.architecture, torch.device("cpu")
     masked = MaskedModel(
         load_model(source, torch.float32, cpu), table, Tuning(table, is_rotated=True)
     )
-    weight = norm_weight(source.checkpoint, table, table.final_norm)
-    masked.tuning.tie(tied_norm(weight, torch.eye(24)))
+    masked.tuning.tie(final_norm(source.checkpoint, table, torch.eye(24)))
     rotate_model(masked.model, table, torch.eye(24))
     monkeypatch.setattr(oblique, "_surprise", lambda logits, seed: 1e30 * logits.sum() * 1e30)
     tokens = torch.randint(VOCAB_SIZE, (4, 8), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from llm_vtrans.basis.rotation import rotated_architecture
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.families import Axis
-from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS
+from llm_vtrans.families.base import UNIT_AXES, UNIT_AXIS, Norm
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
@@ -37,8 +37,8 @@ class Case:
 
     def __init__(self, folder: Path, sparsity: float = 0.5):
         self.source = open_source(str(folder))
-        self.rotates = self.source.family.rotates
         table = self.source.architecture
+        self.rotates = table.rotates and table.norm is Norm.RMS
         self.architecture = rotated_architecture(table) if self.rotates else table
         cost = parameter_cost(self.architecture)
         dense = cost.of(dense_shape(self.architecture))

@@ -28,7 +28,7 @@ def architecture_of(name: str) -> Architecture:
 
 def fresh(name: str) -> Tuning:
     """Untrained, with maps where the family allows a change of basis."""
-    return Tuning(architecture_of(name), family_for(CONFIGS[name].model_type).rotates)
+    return Tuning(architecture_of(name), architecture_of(name).rotates)
 
 
 def halved(architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def test_sublayers_share_maps_as_far_as_they_must(
     assert CONFIGS["llama"].num_hidden_layers == 3
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("llama-tied").maps) == num_maps(architecture_of("llama-tied")) == num - 1
-    assert len(fresh("gpt2").maps) == num - 1  # not rotated, but one table
+    assert len(fresh("gpt2").maps) == num - 1  # one table
     assert len(fresh("gpt2-untied").maps) == num - 2
 
 
