@@ -15,7 +15,7 @@ from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.prune import prune
 from tests.faults.cases import one_line
 from tests.runs import flags, start, write_inputs
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 SHARD = "model-00001-of-"
 Damage = Callable[[Path], list[str]]  # damages the inputs in a folder, returns further flags
@@ -69,6 +69,10 @@ def with_config(**changes: object) -> Damage:
         return []
 
     return damage
+
+
+def with_model(name: str, *more: str) -> Damage:
+    return lambda work: ["--model", str(save_tiny(name, work / name)), *more]
 
 
 def with_data(name: str, content: bytes, *more: str) -> Damage:
@@ -171,6 +175,14 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         f"sparsity {value}": (with_flags("--sparsity", value), ("--sparsity", value, "(0, 1)"))
         for value in ("0", "1", "1.5", "-0.1", "nan")
     },
+    "rotation of a norm's bias into a head without one": (
+        with_model("gpt2-untied", "--rotate", "pca"),
+        ("--rotate pca", "gpt2"),
+    ),
+    "rotation of layer norms that are trained": (
+        with_model("gpt2", "--rotate", "pca", "--variant", "vtrans"),
+        ("--rotate pca", "vtrans", "faster"),
+    ),
     "sparsity out of reach": (
         with_flags("--sparsity", "0.9999"),
         ("unreachable", "smallest model has", "lower --sparsity"),
