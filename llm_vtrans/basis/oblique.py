@@ -33,7 +33,6 @@ from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.hooks import removed_after
 
-RANK_TOLERANCE = 1e-4  # of float32 maps: what is smaller is rounding
 RIDGE = 0.01  # of the mean Fisher information: every direction counts a little
 
 
@@ -126,38 +125,34 @@ class TiedBasis(ObliqueBasis):
 
 @dataclass(frozen=True)
 class LevelBasis:
-    """The best projection of a stream of which norms subtract the mean.
+    """The same for a stream of which norms subtract the mean.
 
     Moments and maps are of its other directions, one less than dimensions: see `level`.
 
     Attributes:
         directions: basis of `hidden_size - 1` dimensions.
-        shift: what the final norm of a tied head adds to the dense stream, `(hidden_size,)`.
+        shift: what the final norm adds to the dense stream, `(hidden_size,)`.
     """
 
-    directions: ObliqueBasis
-    shift: Tensor | None
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether a plan cannot keep dimensions of the network's own."""
-        return self.directions.is_needed
+    directions: TiedBasis
+    shift: Tensor
+    is_needed: ClassVar[bool] = True
 
     def maps(self, size: int) -> dict[Place, Tensor]:
-        """As `ObliqueBasis`; zero where dimensions are not kept."""
+        """As `TiedBasis`; zero where dimensions are not kept."""
         found = self.directions.maps(size - 1)
         width = len(found[Place.WRITE]) + 1
         outer, inner = (level(n)[:, :-1].to(found[Place.WRITE]) for n in (width, size))
         write, read = found[Place.WRITE].new_zeros(2, width, width)
         write[:size] = inner @ found[Place.WRITE][: size - 1] @ outer.T
         read[:, :size] = outer @ found[Place.READ][:, : size - 1] @ inner.T
-        maps = {Place.WRITE: write, Place.READ: read}
-        if self.shift is not None:
-            factors = found[Place.END][0, :1].expand(width)
-            table = torch.linalg.pinv(write.T.double(), rtol=RANK_TOLERANCE)
-            shift = table @ self.shift.to(write).double()
-            maps[Place.END] = torch.stack([factors, agreed(shift.float().cpu()).to(write)])
-        return maps
+        rows = found[Place.WRITE][: size - 1].double()  # what the head reads along
+        wanted = rows @ (outer.T @ self.shift.to(write)).double()
+        shift = agreed((inner.double() @ torch.linalg.solve(rows @ rows.T, wanted)).cpu())
+        end = write.new_zeros(2, width)
+        end[0] = found[Place.END][0, 0]
+        end[1, :size] = shift.to(write)
+        return {Place.WRITE: write, Place.READ: read, Place.END: end}
 
 
 AnyBasis = ObliqueBasis | LevelBasis
@@ -234,6 +229,7 @@ def oblique_basis(
     fisher = fisher if is_finite else alike
     if not has_mean:
         return TiedBasis(inputs, fisher, final_norm.matrix)
+    assert final_norm.shift is not None, "LayerNorms have biases"
     matrix = outer.T @ final_norm.matrix.double() @ outer
     return LevelBasis(TiedBasis(inputs, fisher, matrix), final_norm.shift)
 

@@ -211,8 +211,9 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
         with gathered([parameter]):
             if is_writer(parameter):
                 basis = basis.to(parameter.device)
-                rotated = rotate_tensor(parameter, spec, basis, norm)
-                parameter.copy_(rotated + moved.get(name, 0))
+                parameter.copy_(rotate_tensor(parameter, spec, basis, norm))
+                if name in moved:
+                    parameter.add_(moved[name])
 
 
 def _scales(spec: TensorSpec) -> bool:

@@ -1,15 +1,20 @@
 """The basis of the rotation: orthogonal, and ordered by the stream's second moment."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_vtrans.basis.rotation import level, principal_basis
+from llm_vtrans.basis.rotation import level, principal_basis, rotate_model
 from llm_vtrans.families import Axis, family_for
 from llm_vtrans.families.base import Norm, Stream
-from tests.tiny import VOCAB_SIZE, tiny_model
+from llm_vtrans.loading.model import Weights, fill_model, load_model
+from llm_vtrans.loading.source import open_source
+from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
+from tests.unit.test_exactness import random_rotation
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -39,6 +44,18 @@ def test_principal_basis_diagonalises_the_normalised_stream(name: str) -> None:
     energy = moment.diagonal()
     assert (energy[:-1] >= energy[1:] - 1e-3).all()
     assert (moment - energy.diag()).abs().max() < 1e-3 * energy.max()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_loading_rotates_as_the_loaded_model_is_rotated(tmp_path: Path, name: str) -> None:
+    source = open_source(str(save_tiny(name, tmp_path)))
+    table, cpu = source.architecture, torch.device("cpu")
+    rotation = random_rotation(table.num_units[Axis.HIDDEN], 0, table.norm)
+    one, other = (load_model(source, torch.float32, cpu) for _ in range(2))
+    rotate_model(one, table, rotation)
+    fill_model(other, Weights(source, table, rotation), torch.float32, cpu)
+    for parameter in table.named_tensors():
+        torch.testing.assert_close(one.get_parameter(parameter), other.get_parameter(parameter))
 
 
 @given(st.integers(2, 40))
