@@ -57,6 +57,11 @@ class PrunePlan:
         )
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether gates do more than to leave out units."""
+        return any(bool((gate != 1).any()) for gate in self.gate.values())
+
+    @property
     def present(self) -> Tensor:
         """Which sub-layers stay, `(L, 2)` bool."""
         return torch.stack([self.keep[UNIT_AXIS[part]].any(1) for part in Sublayer], dim=1)

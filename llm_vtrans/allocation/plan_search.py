@@ -66,13 +66,13 @@ class _Losses:
 
     def __init__(self, loss: Callable[[PrunePlan], float]):
         self._loss = loss
-        self._known: dict[tuple[Shape, bool], float] = {}
+        self._known: dict[tuple[Shape, bool, bool], float] = {}
 
     def __call__(self, plans: Iterable[PrunePlan]) -> list[Found]:
         """The one of lowest loss, if there is any; a loss that is no number is the highest."""
         best: list[Found] = []  # of a few dozen only one at a time: their maps take room
         for plan in plans:
-            key = plan.shape, plan.maps is None
+            key = plan.shape, plan.maps is None, plan.is_scaled
             if key not in self._known:
                 loss = self._loss(plan)
                 self._known[key] = inf if isnan(loss) else loss

@@ -141,18 +141,24 @@ class LevelBasis:
     def maps(self, size: int) -> dict[Place, Tensor]:
         """As `TiedBasis`; zero where dimensions are not kept."""
         found = self.directions.maps(size - 1)
-        width = len(found[Place.WRITE]) + 1
-        outer, inner = (level(n)[:, :-1].to(found[Place.WRITE]) for n in (width, size))
-        write, read = found[Place.WRITE].new_zeros(2, width, width)
-        write[:size] = inner @ found[Place.WRITE][: size - 1] @ outer.T
-        read[:, :size] = outer @ found[Place.READ][:, : size - 1] @ inner.T
-        rows = found[Place.WRITE][: size - 1].double()  # what the head reads along
-        wanted = rows @ (outer.T @ self.shift.to(write)).double()
-        shift = agreed((inner.double() @ torch.linalg.solve(rows @ rows.T, wanted)).cpu())
-        end = write.new_zeros(2, width)
+        width = len(self.shift)
+        outer, inner = (level(n).to(found[Place.WRITE]) for n in (width, size))
+        rows, columns = found[Place.WRITE][: size - 1], found[Place.READ][:, : size - 1]
+        mean = rows.new_ones(1, 1)
+        write, read = rows.new_zeros(2, width, width)
+        write[:size] = inner @ torch.block_diag(rows, mean) @ outer.T
+        read[:, :size] = outer @ torch.block_diag(columns, mean) @ inner.T
+        end = rows.new_zeros(2, width)
         end[0] = found[Place.END][0, 0]
-        end[1, :size] = shift.to(write)
+        end[1, :size] = inner @ self._shift_along(rows, outer.T @ self.shift.to(rows))
         return {Place.WRITE: write, Place.READ: read, Place.END: end}
+
+    @staticmethod
+    def _shift_along(rows: Tensor, wanted: Tensor) -> Tensor:
+        """What to add where a head reads along these rows and, last, the mean."""
+        table = rows.double()
+        least = torch.linalg.solve(table @ table.T, table @ wanted[:-1].double())
+        return torch.cat([agreed(least.cpu()).to(wanted), wanted[-1:]])
 
 
 AnyBasis = ObliqueBasis | LevelBasis

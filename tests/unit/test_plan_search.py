@@ -82,3 +82,23 @@ def test_a_depth_far_from_the_masks_is_reached_where_each_step_loses_less(num_go
             masks.log_var["layers"][layer] += 5.0 - rank
     plan = search_plan(masks, problem, lambda p: abs(int((~p.present).any(1).sum()) - num_gone))
     assert int((~plan.present).any(1).sum()) == num_gone
+
+
+def test_units_as_they_are_and_as_masks_scale_them_are_two_plans() -> None:
+    """Where the masks, too, give up hidden dimensions alone, both have one shape."""
+    problem = stock_problem(SMALL, 0.5)
+    masks = masks_for(problem, -12.0)
+    with torch.no_grad():
+        masks.log_var["hidden"].copy_(torch.linspace(-4, 4, SMALL.hidden_size))
+        for name in ("heads", "ffn"):
+            masks.mu[name].fill_(0.5)
+    shapes = set()
+
+    def loss(plan: PrunePlan) -> float:
+        is_scaled = not bool((plan.gate["ffn"] == 1).all())
+        shapes.add((plan.shape, is_scaled))
+        return float(is_scaled)
+
+    plan = search_plan(masks, problem, loss, identity_basis(SMALL.hidden_size))
+    assert bool((plan.gate["ffn"] == 1).all())
+    assert any((shape, True) in shapes and (shape, False) in shapes for shape, _ in shapes)
