@@ -312,7 +312,7 @@ class MaskedModel(nn.Module):
         kept = (self._gates or {}).get(KEPT_HIDDEN)
         before, after = (None, None)
         if self.architecture.is_final_norm(spec):
-            before, after = self.tuning.shifts()
+            before, after = self.tuning.shifts(self._gates is not None)
         normal = normal if before is None else normal + before.to(normal.dtype)
         output = map_read(normal, matrix, kept)
         return output if after is None else output + after.to(output.dtype)

@@ -106,9 +106,9 @@ class Tuning(nn.Module):
             final_norm.matrix.to(device), None if shift is None else shift.to(device)
         )
 
-    def shifts(self) -> tuple[Tensor | None, Tensor | None]:
+    def shifts(self, has_gates: bool) -> tuple[Tensor | None, Tensor | None]:
         """What a tied head's input is moved by in front of its map and behind it, `(width,)`."""
-        if self.is_on:
+        if self.is_on and has_gates:
             return self.shift, None
         return None, None if self.final_norm is None else self.final_norm.shift
 

@@ -147,6 +147,7 @@ def check_exact(
     else:
         assert masked(inputs).equal(plain)  # without gates neither they nor the tuning act
     tuning.is_on = True
+    assert relative(masked(inputs), dense) < TOLERANCE  # nor after tuning: it is the teacher
     masked.set_gates(plan.hard())
     expected = masked(inputs)
     pruning = Pruning(
