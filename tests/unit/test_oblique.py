@@ -14,7 +14,7 @@ from llm_vtrans.basis import oblique
 from llm_vtrans.basis.oblique import RIDGE, LevelBasis, ObliqueBasis, TiedBasis, oblique_basis
 from llm_vtrans.basis.rotation import FinalNorm, level, rotate_model
 from llm_vtrans.budget.cost import complete
-from llm_vtrans.families.base import Norm, Place
+from llm_vtrans.families.base import Place
 from llm_vtrans.loading.model import final_norm, load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
@@ -125,7 +125,7 @@ def test_level_basis(seed: int, size: int) -> None:
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
     length = ((WIDTH + 1) / size) ** 0.5
     close(write.sum(0) * length, torch.ones(WIDTH + 1))
-    close(read.sum(1) / length, torch.ones(WIDTH + 1))
+    close(read.sum(1) * length, torch.ones(WIDTH + 1))
     outer, found = level(WIDTH + 1).float(), inner.maps(size - 1)
     projector = found[Place.READ][:, : size - 1] @ found[Place.WRITE][: size - 1]
     close(read @ write, outer @ torch.block_diag(projector, torch.ones(1, 1)) @ outer.T)
