@@ -19,14 +19,15 @@ from tests.unit.test_recovery import needs_peft
 
 HALF = GLOBAL_BATCH // 2
 RECOVERIES = ("lora", "full")
-SET_UPS = {  # name -> DeepSpeed configuration, further flags
-    "2 ranks": (None, ()),
-    "ZeRO-1": ("zero1", ()),
-    "ZeRO-2": ("zero2", ()),
-    "ZeRO-3": ("zero3", ()),
-    "ZeRO-3, recomputing": ("zero3", ("--gradient-checkpointing",)),
-    "ZeRO-3, offloaded": ("zero3_offload_cpu", ()),
-    "ZeRO-3, tied": ("zero3", ()),
+SET_UPS = {  # name -> DeepSpeed configuration, model, further flags
+    "2 ranks": (None, "llama", ()),
+    "ZeRO-1": ("zero1", "llama", ()),
+    "ZeRO-2": ("zero2", "llama", ()),
+    "ZeRO-3": ("zero3", "llama", ()),
+    "ZeRO-3, recomputing": ("zero3", "llama", ("--gradient-checkpointing",)),
+    "ZeRO-3, offloaded": ("zero3_offload_cpu", "llama", ()),
+    "ZeRO-3, tied": ("zero3", "llama-tied", ()),
+    "ZeRO-3, layer norms": ("zero3", "gpt2", ()),
 }
 
 pytestmark = [
@@ -80,8 +81,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
 def test_same_masks(
     name: str, one_rank: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    config, more = SET_UPS[name]
-    model = "llama-tied" if name.endswith(", tied") else "llama"
+    config, model, more = SET_UPS[name]
     folder = write_inputs(tmp_path, name=model)
     with deepspeed(config, folder):
         samples = NUM_STEPS * GLOBAL_BATCH
