@@ -142,9 +142,11 @@ class Candidates:
             alone = self._hidden_alone.plan(kept)
             if self._is_full(alone):
                 yield alone
-            for size in [size for size in self._sizes if size > alone.shape.hidden][:1]:
-                plan = self._allocator.plan(kept, {Axis.HIDDEN: size})
-                yield replace(plan, gate=alone.gate)
+            for size in [size for size in self._sizes if size > alone.shape.hidden][:NUM_TRIED]:
+                with suppress(UserError):  # heads may have to divide it
+                    plan = self._allocator.plan(kept, {Axis.HIDDEN: size})
+                    yield replace(plan, gate=alone.gate)
+                    return
 
     def _is_full(self, plan: PrunePlan) -> bool:
         used = self._problem.used

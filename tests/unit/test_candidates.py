@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from llm_vtrans.allocation.allocate import Allocator, PrunePlan, allocate, scores_and_gates
 from llm_vtrans.allocation.candidates import Candidates
@@ -36,9 +36,9 @@ SMALL = LlamaConfig(
 )  # fmt: skip
 
 
-def stock_problem(config: LlamaConfig, share: float) -> Problem:
+def stock_problem(config: PreTrainedConfig, share: float) -> Problem:
     """A share of a model's parameters, in the stock layout."""
-    architecture = family_for("llama").describe(config)
+    architecture = family_for(config.model_type).describe(config)
     cost = parameter_cost(architecture)
     dense = cost.of(dense_shape(architecture))
     return Problem(architecture, cost, Budget("params", int(share * dense), dense), 1, True)
@@ -183,6 +183,18 @@ def test_layers_go_with_hidden_dimensions_and_hardly_anything_else(num_gone: int
     }
     gone = {layers for layers in found if len(layers) == num_gone}
     assert gone >= ({(1,), (2,)} if num_gone == 1 else {(1, 2)} if num_gone else {()})
+
+
+def test_hidden_dimensions_alone_where_heads_must_divide_them() -> None:
+    """Of the next sizes few can be had; what units stay are as they are all the same."""
+    config = GPT2Config(
+        vocab_size=2048, n_embd=128, n_inner=512, n_layer=4, n_head=4, n_positions=256
+    )
+    problem = stock_problem(config, 0.8)
+    masks = masks_for(problem, -4.0)
+    candidates = Candidates(masks, problem, identity_basis(128))
+    plans = list(candidates.of(torch.ones(4, 2, dtype=torch.bool)))
+    assert any(not plan.is_scaled and max(plan.shape.ffn) > 0.95 * 512 for plan in plans)
 
 
 def test_a_stream_that_stays_whole_keeps_its_basis() -> None:
