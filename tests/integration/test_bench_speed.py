@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.bench_speed import exponent
+from eval.bench_speed import exponent, run
 from eval.speed.kernels import is_product
 from eval.speed.shapes import llama, problem_of, proportional_shape, write_checkpoint
 from llm_vtrans.loading.shaped import empty_network, shaped_config
@@ -46,6 +46,19 @@ def test_every_section(tmp_path: Path) -> None:
         assert after["checkpoint, MB"] < 0.7 * dense["checkpoint, MB"]
         assert after.keys() == dense.keys() and all(value > 0 for value in after.values())
     assert all(phase["seconds"] > 0 for phase in figures["files"].values())
+
+
+def test_given_checkpoints_are_measured_beside_the_dense_one(tmp_path: Path) -> None:
+    for name, layers in (("dense", 2), ("smaller", 1)):
+        write_checkpoint(tmp_path / name, llama(32, 48, layers, 4, vocab_size=512), 10**9)
+    output = tmp_path / "figures.json"
+    run([
+        "--model", str(tmp_path / "dense"), "--pruned", str(tmp_path / "smaller"), "--sections",
+        "inference", "--inference-rounds", "1", "--seq-len", "16", "--output", str(output),
+    ])  # fmt: skip
+    found = json.loads(output.read_text())["inference"]
+    assert [*found] == ["dense", "smaller"]
+    assert found["smaller"]["checkpoint, MB"] < found["dense"]["checkpoint, MB"]
 
 
 def test_an_unknown_size_is_one_line(tmp_path: Path) -> None:
