@@ -199,10 +199,10 @@ def rotate_model(model: nn.Module, architecture: Architecture, basis: Tensor) ->
             with gathered([parameters[name]]):
                 norms[name] = parameters[name].detach() + spec.offset
         if spec.reader is not None:
-            reader, norm_name = architecture.row(spec.reader), architecture.row(spec.reader).norm
-            assert norm_name is not None, spec.reader
-            weight = parameters[spec.reader.format(layer)]
-            bias = parameters[bias_of(norm_name).format(layer)]
+            reader = architecture.row(spec.reader)
+            assert reader.norm is not None, reader.name
+            weight = parameters[reader.name.format(layer)]
+            bias = parameters[bias_of(reader.norm).format(layer)]
             with gathered([weight, bias]):
                 moved[name] = through_reader(weight, reader, bias)
     for name, (spec, layer) in named.items():

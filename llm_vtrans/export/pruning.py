@@ -212,11 +212,8 @@ class Pruning:
 
     def _norm_shift(self, spec: TensorSpec) -> Tensor | float:
         """What the final norm adds on top of its folded bias, `(num_kept,)`."""
-        module = self.architecture.final_norm.rpartition(".")[0]
-        shift = self.scales.get(scale_name(module, SHIFT))
+        shift = self.scales.get(scale_name(spec.name.rpartition(".")[0], SHIFT))
         if shift is None or spec.stream is not Stream.SHIFTS:
-            return 0.0
-        if not self.architecture.is_final_norm(spec):
             return 0.0
         return (shift[self.kept(Axis.HIDDEN, None)] * self._seen_by_head(spec)).to(self.device)
 

@@ -71,10 +71,10 @@ def describe(config: Any) -> Architecture:
             TensorSpec(FINAL_NORM, (hidden,), Stream.SCALES),
             *(() if tied else (head,)),
         ),
-        rotates=True,
         final_norm=FINAL_NORM,
         tied_head=HEAD if tied else None,
         max_positions=config.max_position_embeddings,
+        rotates=True,
     )
 
 

@@ -232,9 +232,9 @@ class MaskedModel(nn.Module):
         """Factors of an RMSNorm, and the map in front of what reads the stream."""
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            matrix = self._map(spec, layer)
             if self._gates is None:
-                return None if matrix is None else map_read(output, matrix, None)
+                return self._read(output, spec, layer)
+            matrix = self._map(spec, layer)
             scale = self.tuning.scale(path, OUTPUT)
             if matrix is None:
                 return None if scale is None else apply_gate(output, scale)
