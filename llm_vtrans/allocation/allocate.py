@@ -33,11 +33,12 @@ class PrunePlan:
     Attributes:
         keep: booleans, `hidden (d,)`, `heads (L, G)`, `ffn (L, I)`; a sub-layer without
             kept units is removed.
-        gate: the masks' `mu`, float32, of the same structures and `layers (L, 2)`.
+        gate: float32, of the same structures and `layers (L, 2)`.
         head_dim: kept dimensions of every head; None keeps all.
         basis: of the heads, where not all of their dimensions are kept.
         maps: of the residual stream, `write` and `read` `(d, d)`, that tuning starts from; None
             for the identity.
+        strength: how far the gate values have gone from 1 (at zero) to the masks' `mu` (at one).
     """
 
     keep: Mapping[str, Tensor]
@@ -45,6 +46,7 @@ class PrunePlan:
     head_dim: int | None = None
     basis: HeadBasis | None = None
     maps: Mapping[Place, Tensor] | None = None
+    strength: float = 1.0
 
     @property
     def shape(self) -> Shape:
@@ -55,11 +57,6 @@ class PrunePlan:
             tuple(self.keep[Axis.FFN].sum(1).tolist()),
             self.head_dim,
         )
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether gates do more than to leave out units."""
-        return any(bool((gate != 1).any()) for gate in self.gate.values())
 
     @property
     def present(self) -> Tensor:

@@ -2,6 +2,9 @@
 
 The benefit of a plan is a first-order estimate around the expected model. It says little about
 how many layers to keep, so there are plans for every set of layers that comes into question.
+
+The masks' `mu` makes good what one budget takes away. With more units, or in a better basis, less
+is to be made good, with fewer of them more: so how strong the gates are is looked for, too.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
 NUM_TRIED = 16  # hidden sizes at which a plan that uses the budget is looked for
 BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
+WHOLE, TRAINED = 0.0, 1.0  # strengths of gates: units as they are, and as masks have them
+STRENGTH_STEPS = (-0.25, 0.25)
 
 
 class Candidates:
@@ -50,6 +55,7 @@ class Candidates:
         if oblique is not None and Axis.HIDDEN in self._scores:
             self._maps = lru_cache(4)(oblique.maps)
         self.first = self._allocator.plan()
+        self._mu = self.first.gate
         if oblique is not None and oblique.is_needed:
             self.first = self._in_basis(self.first)
 
@@ -59,7 +65,7 @@ class Candidates:
 
     @cached_property
     def _hidden_alone(self) -> Allocator:
-        """Of plans without hidden dimensions, the later ones, and units that stay as they are."""
+        """Of plans without hidden dimensions, the later ones."""
         order = torch.linspace(1, 0, max(self._sizes), dtype=torch.float64)
         return Allocator({Axis.HIDDEN: order}, {}, self._problem)
 
@@ -85,7 +91,9 @@ class Candidates:
     def of(self, kept: Tensor) -> Iterator[PrunePlan]:
         """What represents a depth: its plan of largest benefit, and the extreme one."""
         with suppress(UserError):  # so many layers may not fit the budget
-            yield from self._nearest(self._allocator.plan(kept).shape.hidden, kept)
+            wanted = self._allocator.plan(kept).shape.hidden
+            for strength in (TRAINED, WHOLE):
+                yield from self._nearest(wanted, kept, strength)
         if self._maps is not None:
             yield from map(self._in_basis, self._extreme(kept))
 
@@ -102,22 +110,35 @@ class Candidates:
             numbers += _near(allowed, heads, HEADS_RATIOS)
         for size in _near(self._sizes, hidden, HIDDEN_RATIOS):
             for number in numbers:
-                yield from self._nearest(size, plan.present, number)
+                yield from self._nearest(size, plan.present, plan.strength, number)
         for alone in self._extreme(plan.present) if self._maps is not None else ():
             for share in BETWEEN:
                 wanted = hidden + share * (alone.shape.hidden - hidden)
-                yield from self._nearest(wanted, plan.present)
+                for strength in sorted({WHOLE, plan.strength}):
+                    yield from self._nearest(wanted, plan.present, strength)
 
     def beyond(self, plan: PrunePlan, ratio: float) -> Iterator[PrunePlan]:
         """The plan of the same depth of about `ratio` times this one's hidden size."""
         size = plan.shape.hidden
         further = [n for n in self._sizes if (n > size if ratio > 1 else n < size)]
-        yield from self._nearest(ratio * size, plan.present, sizes=further)
+        yield from self._nearest(ratio * size, plan.present, plan.strength, sizes=further)
+
+    def stronger(self, plan: PrunePlan, by: float) -> Iterator[PrunePlan]:
+        """The same units with stronger gates, or weaker ones for less than zero."""
+        if plan.strength + by >= WHOLE:
+            yield self._gated(plan, plan.strength + by)
+
+    def _gated(self, plan: PrunePlan, strength: float) -> PrunePlan:
+        gate = {name: 1 + strength * (mu - 1) for name, mu in self._mu.items()}
+        if plan.maps is not None:
+            gate[Axis.HIDDEN.value] = plan.gate[Axis.HIDDEN]
+        return replace(plan, gate=gate, strength=strength)
 
     def _nearest(
         self,
         wanted: float,
         kept: Tensor,
+        strength: float,
         num_heads: int | None = None,
         sizes: list[int] | None = None,
     ) -> Iterator[PrunePlan]:
@@ -130,22 +151,19 @@ class Candidates:
             with suppress(UserError):  # these sizes may not fit the budget
                 plan = self._allocator.plan(kept, fixed)
                 if self._is_full(plan):
-                    yield self._in_basis(plan)
+                    yield self._in_basis(self._gated(plan, strength))
                     return
 
     def _extreme(self, kept: Tensor) -> Iterator[PrunePlan]:
-        """Only hidden dimensions go, apart from layers; or a few units, too.
-
-        What stays whole keeps its weights as they are: gates were trained for units that go.
-        """
+        """Only hidden dimensions go, apart from layers; or a few units, too. The rest is whole."""
         with suppress(UserError):  # not with hidden dimensions alone
             alone = self._hidden_alone.plan(kept)
             if self._is_full(alone):
-                yield alone
+                yield self._gated(alone, WHOLE)
             for size in [size for size in self._sizes if size > alone.shape.hidden][:NUM_TRIED]:
                 with suppress(UserError):  # heads may have to divide it
                     plan = self._allocator.plan(kept, {Axis.HIDDEN: size})
-                    yield replace(plan, gate=alone.gate)
+                    yield self._gated(plan, WHOLE)
                     return
 
     def _is_full(self, plan: PrunePlan) -> bool:

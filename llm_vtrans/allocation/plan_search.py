@@ -6,12 +6,13 @@ That loss is the truth, and a forward pass of a few batches tells it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import inf, isnan
 
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.allocation.candidates import HIDDEN_RATIOS, Candidates
+from llm_vtrans.allocation.candidates import HIDDEN_RATIOS, STRENGTH_STEPS, Candidates
 from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.families.base import Shape
@@ -30,8 +31,9 @@ def search_plan(
 ) -> PrunePlan:
     """The plan of lowest loss that is found.
 
-    The most promising depths are searched, each until no hidden size near its best plan's loses
-    less; those of about as many layers come in question then, and so on.
+    The most promising depths are searched, each until neither a hidden size near its best plan's
+    nor weaker or stronger gates lose less; those of about as many layers come in question then,
+    and so on.
 
     Args:
         masks: trained masks.
@@ -66,13 +68,13 @@ class _Losses:
 
     def __init__(self, loss: Callable[[PrunePlan], float]):
         self._loss = loss
-        self._known: dict[tuple[Shape, bool, bool], float] = {}
+        self._known: dict[tuple[Shape, bool, float], float] = {}
 
     def __call__(self, plans: Iterable[PrunePlan]) -> list[Found]:
         """The one of lowest loss, if there is any; a loss that is no number is the highest."""
         best: list[Found] = []  # of a few dozen only one at a time: their maps take room
         for plan in plans:
-            key = plan.shape, plan.maps is None, plan.is_scaled
+            key = plan.shape, plan.maps is None, plan.strength
             if key not in self._known:
                 loss = self._loss(plan)
                 self._known[key] = inf if isnan(loss) else loss
@@ -81,13 +83,17 @@ class _Losses:
 
 
 def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
-    """Goes from a plan to the best of its depth, as far as steps of hidden size lead downhill."""
+    """Goes from a plan to the best of its depth, as far as single steps lead downhill."""
+    steps = [
+        *(partial(candidates.beyond, ratio=ratio) for ratio in HIDDEN_RATIOS),
+        *(partial(candidates.stronger, by=by) for by in STRENGTH_STEPS),
+    ]
     best = min([best, *best_of(candidates.around(best[1]))], key=_loss)
     is_better = True
     while is_better:
         is_better = False
-        for ratio in HIDDEN_RATIOS:
-            for found in best_of(candidates.beyond(best[1], ratio)):
+        for step in steps:
+            for found in best_of(step(best[1])):
                 if found[0] < best[0]:
                     best, is_better = found, True
     return best

@@ -59,17 +59,19 @@ def test_each_plan_is_measured_once_and_no_number_is_no_success(
 ) -> None:
     masks, problem = case
     first = allocate(masks, problem)
-    losses: dict[Shape, float] = {}
+    losses: dict[tuple[Shape, float], float] = {}
 
     def loss(plan: PrunePlan) -> float:
-        assert plan.shape not in losses
+        key = plan.shape, plan.strength
+        assert key not in losses
         size = plan.shape.hidden
-        losses[plan.shape] = size % 7 + sum(plan.shape.ffn) % 11 / 100 if size % 2 else float("nan")
-        return losses[plan.shape]
+        losses[key] = size % 7 + sum(plan.shape.ffn) % 11 / 100 if size % 2 else float("nan")
+        return losses[key]
 
     plan = search_plan(masks, problem, loss)
-    assert first.shape in losses
-    assert losses[plan.shape] == min(value for value in losses.values() if value == value)
+    assert (first.shape, 1) in losses
+    least = min(value for value in losses.values() if value == value)
+    assert losses[plan.shape, plan.strength] == least
 
 
 @pytest.mark.parametrize("num_gone", [0, 1, 2, 3])
@@ -84,7 +86,28 @@ def test_a_depth_far_from_the_masks_is_reached_where_each_step_loses_less(num_go
     assert int((~plan.present).any(1).sum()) == num_gone
 
 
-def test_units_as_they_are_and_as_masks_scale_them_are_two_plans() -> None:
+@pytest.mark.parametrize("wanted", [0.0, 0.25, 1.0, 1.75])
+def test_gates_are_as_strong_as_loses_least(case: tuple[VIBMasks, Problem], wanted: float) -> None:
+    """Masks trained for one budget scale units by what suits that one."""
+    masks, problem = case
+    with torch.no_grad():
+        for mu in masks.mu.values():
+            mu.fill_(0.5)
+
+    def loss(plan: PrunePlan) -> float:
+        return abs(float(plan.gate["ffn"].mean()) - (1 - 0.5 * wanted))
+
+    basis = identity_basis(problem.architecture.num_units[Axis.HIDDEN])
+    for oblique in (basis, None):
+        plan = search_plan(masks, problem, loss, oblique)
+        gates = {name: gate for name, gate in plan.gate.items() if name != Axis.HIDDEN}
+        assert plan.strength == wanted and loss(plan) < 1e-6
+        assert all(bool((gate == 1 - 0.5 * wanted).all()) for gate in gates.values())
+        hidden = 1.0 if plan.maps is not None else 1 - 0.5 * wanted
+        assert bool((plan.gate["hidden"] == hidden).all())
+
+
+def test_gates_of_another_strength_are_another_plan() -> None:
     """Where the masks, too, give up hidden dimensions alone, both have one shape."""
     problem = stock_problem(SMALL, 0.5)
     masks = masks_for(problem, -12.0)
@@ -92,13 +115,12 @@ def test_units_as_they_are_and_as_masks_scale_them_are_two_plans() -> None:
         masks.log_var["hidden"].copy_(torch.linspace(-4, 4, SMALL.hidden_size))
         for name in ("heads", "ffn"):
             masks.mu[name].fill_(0.5)
-    shapes = set()
+    measured = []
 
     def loss(plan: PrunePlan) -> float:
-        is_scaled = not bool((plan.gate["ffn"] == 1).all())
-        shapes.add((plan.shape, is_scaled))
-        return float(is_scaled)
+        measured.append((plan.shape, plan.strength))
+        return plan.strength
 
     plan = search_plan(masks, problem, loss, identity_basis(SMALL.hidden_size))
-    assert bool((plan.gate["ffn"] == 1).all())
-    assert any((shape, True) in shapes and (shape, False) in shapes for shape, _ in shapes)
+    assert plan.strength == 0
+    assert any((shape, 0) in measured and (shape, 1) in measured for shape, _ in measured)
