@@ -59,7 +59,6 @@ from llm_vtrans.training.tune import TuneObjective
 SCORE, UNTUNED = "score.", "untuned"  # a prefix of tensors on disk, and one of them
 ROTATION_WINDOWS = 128  # enough tokens for a second moment of any usual hidden size
 CHOICE_EXAMPLES = 8  # plans differ by far more than the noise of as many texts
-FIT_WINDOWS = 32  # a regression that is only compared with others needs fewer
 CHOICE_ROWS = 32  # of labelled data, which has one answer in a row
 
 
@@ -245,8 +244,6 @@ class Job(Prepared):
                 batches = self._first_batches(ROTATION_WINDOWS)
                 oblique = oblique_basis(self.masked, self.architecture, batches, self.args.seed)
             chooser = self.chooser(oblique)
-            is_fitted = self.is_fitted and self.settings.tune_steps > 0
-            fit = self._first_batches(FIT_WINDOWS) if is_fitted else ()
 
             def measure(plan: PrunePlan, name: str) -> None:
                 chooser.use(plan)
@@ -256,12 +253,11 @@ class Job(Prepared):
             with suppress(UserError):  # the other layout may have no shape within the budget
                 measure(chooser.choose(other), "other_layout")
             if self.stopwatch is None:
-                self.plan = chooser.choose(self.problem, fit)
+                self.plan = chooser.choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, partial(allocate, self.masks),
-                    partial(chooser.choose, batches=fit), self._nanoseconds,
-                )  # fmt: skip
+                    self.problem, partial(allocate, self.masks), chooser.choose, self._nanoseconds
+                )
                 if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
                     self.reporter.say(f"the network found takes {used:.2f} of the budget")
             self.untuned = chooser.loss(self.plan)

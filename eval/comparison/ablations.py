@@ -6,7 +6,6 @@ lacks them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +71,7 @@ class BinaryJob(Job):
 class _OwnPlan(Chooser):
     """Takes the plan that the masks propose."""
 
-    def choose(self, problem: Problem, batches: Sequence[Batch] = ()) -> PrunePlan:
+    def choose(self, problem: Problem) -> PrunePlan:
         first = Candidates(self._masks, problem, self._oblique).first
         return replace(first, basis=self._head_basis)
 

@@ -44,24 +44,13 @@ class Chooser:
         self._taught = [(batch, distillation.teach(batch)) for batch in batches]
         self._oblique, self._head_basis = oblique, head_basis
 
-    def choose(self, problem: Problem, batches: Sequence[Batch] = ()) -> PrunePlan:
+    def choose(self, problem: Problem) -> PrunePlan:
         """The plan of least loss.
-
-        Args:
-            problem: model, budget, rounding and layout.
-            batches: for the closed-form part of tuning, which plans are compared behind at last;
-                none if nothing is tuned in closed form.
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-
-        def tuned_loss(plan: PrunePlan) -> float:
-            return self.fitted(replace(plan, basis=self._head_basis), batches)
-
-        plan = search_plan(
-            self._masks, problem, self.loss, self._oblique, tuned_loss if batches else None
-        )
+        plan = search_plan(self._masks, problem, self.loss, self._oblique)
         return replace(plan, basis=self._head_basis)
 
     def fitted(self, plan: PrunePlan, batches: Sequence[Batch]) -> float:

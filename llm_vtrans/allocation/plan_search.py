@@ -1,13 +1,11 @@
 """ALLOCATE, refined: candidates are compared by what their hard-masked networks lose.
 
-A forward pass of a few batches tells it. But tuning makes good more of what went with hidden
-dimensions than of what went with heads and FFN units, so the last word has what is lost behind
-the part of it that has a closed form.
+That loss is the truth, and a forward pass of a few batches tells it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf, isnan
 
@@ -30,20 +28,18 @@ def search_plan(
     problem: Problem,
     loss: Callable[[PrunePlan], float],
     oblique: AnyBasis | None = None,
-    tuned_loss: Callable[[PrunePlan], float] | None = None,
 ) -> PrunePlan:
     """The plan of lowest loss that is found.
 
     The most promising depths are searched, each until neither a hidden size near its best plan's
     nor weaker or stronger gates lose less; those of about as many layers come in question then,
-    and so on. At last hidden dimensions go for other units as long as less is lost after tuning.
+    and so on.
 
     Args:
         masks: trained masks.
         problem: model, budget, rounding and layout.
         loss: of the hard-masked network, lower is better.
         oblique: of the stream, where the family allows another basis.
-        tuned_loss: with a part of tuning done, and dearer; None if nothing is tuned.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
@@ -58,10 +54,9 @@ def search_plan(
                 seen.append(kept)
                 found += best_of(candidates.of(kept))
         if not found:
-            break
+            return best[1]
         for start in sorted(found, key=_loss)[:NUM_EXPLORED]:
             best = min(best, _explore(start, candidates, best_of), key=_loss)
-    return best[1] if tuned_loss is None else _settle(best[1], candidates, best_of, tuned_loss)
 
 
 def _loss(found: Found) -> float:
@@ -102,28 +97,3 @@ def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
                 if found[0] < best[0]:
                     best, is_better = found, True
     return best
-
-
-def _settle(
-    plan: PrunePlan,
-    candidates: Candidates,
-    best_of: _Losses,
-    tuned_loss: Callable[[PrunePlan], float],
-) -> PrunePlan:
-    """Gives up more hidden dimensions for other units while less is lost with a part of tuning."""
-    best = tuned_loss(plan), plan
-    while found := best_of(_narrower(best[1], candidates)):
-        [(_, narrower)] = found
-        loss = tuned_loss(narrower)
-        if not loss < best[0]:  # nor if it is NaN
-            break
-        best = loss, narrower
-    return best[1]
-
-
-def _narrower(plan: PrunePlan, candidates: Candidates) -> Iterator[PrunePlan]:
-    """The plan of the next smaller hidden size, and with weaker and stronger gates."""
-    for other in candidates.beyond(plan, min(HIDDEN_RATIOS)):
-        yield other
-        for by in STRENGTH_STEPS:
-            yield from candidates.stronger(other, by)

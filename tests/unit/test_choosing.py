@@ -46,17 +46,3 @@ def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
     assert first < chooser.loss(one)
     assert chooser.fitted(other, fit_to) != first
     assert chooser.fitted(one, fit_to) == first
-
-
-def test_with_texts_to_fit_to_the_plan_is_the_best_one_fitted(
-    case: tuple[Chooser, VIBMasks, Problem],
-) -> None:
-    """Not only before anything is fitted; what is fitted does not stay with the network."""
-    chooser, _, problem = case
-    fit_to = [{"input_ids": tokens(16)}]
-    before = chooser.choose(problem)
-    loss = chooser.loss(before)
-    chosen = chooser.choose(problem, fit_to)
-    assert chooser.fitted(chosen, fit_to) <= chooser.fitted(before, fit_to)
-    assert problem.cost.of(chosen.shape) <= problem.budget.target
-    assert chooser.loss(before) == loss
