@@ -9,7 +9,7 @@ is to be made good, with fewer of them more: so how strong the gates are is look
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -92,10 +92,9 @@ class Candidates:
         """What represents a depth: its plan of largest benefit, and the extreme one."""
         with suppress(UserError):  # so many layers may not fit the budget
             wanted = self._allocator.plan(kept).shape.hidden
-            for strength in (TRAINED, WHOLE):
-                yield from self._nearest(wanted, kept, strength)
+            yield from self._gated(self._nearest(wanted, kept), TRAINED, WHOLE)
         if self._maps is not None:
-            yield from map(self._in_basis, self._extreme(kept))
+            yield from self._gated(map(self._in_basis, self._extreme(kept)), WHOLE)
 
     def around(self, plan: PrunePlan) -> Iterator[PrunePlan]:
         """Neighbours of the same depth: another hidden size, another number of heads.
@@ -110,35 +109,38 @@ class Candidates:
             numbers += _near(allowed, heads, HEADS_RATIOS)
         for size in _near(self._sizes, hidden, HIDDEN_RATIOS):
             for number in numbers:
-                yield from self._nearest(size, plan.present, plan.strength, number)
+                yield from self._gated(self._nearest(size, plan.present, number), plan.strength)
         for alone in self._extreme(plan.present) if self._maps is not None else ():
             for share in BETWEEN:
                 wanted = hidden + share * (alone.shape.hidden - hidden)
-                for strength in sorted({WHOLE, plan.strength}):
-                    yield from self._nearest(wanted, plan.present, strength)
+                found = self._nearest(wanted, plan.present)
+                yield from self._gated(found, *sorted({WHOLE, plan.strength}))
 
     def beyond(self, plan: PrunePlan, ratio: float) -> Iterator[PrunePlan]:
         """The plan of the same depth of about `ratio` times this one's hidden size."""
         size = plan.shape.hidden
         further = [n for n in self._sizes if (n > size if ratio > 1 else n < size)]
-        yield from self._nearest(ratio * size, plan.present, plan.strength, sizes=further)
+        found = self._nearest(ratio * size, plan.present, sizes=further)
+        yield from self._gated(found, plan.strength)
 
     def stronger(self, plan: PrunePlan, by: float) -> Iterator[PrunePlan]:
         """The same units with stronger gates, or weaker ones for less than zero."""
         if plan.strength + by >= WHOLE:
-            yield self._gated(plan, plan.strength + by)
+            yield from self._gated([plan], plan.strength + by)
 
-    def _gated(self, plan: PrunePlan, strength: float) -> PrunePlan:
-        gate = {name: 1 + strength * (mu - 1) for name, mu in self._mu.items()}
-        if plan.maps is not None:
-            gate[Axis.HIDDEN.value] = plan.gate[Axis.HIDDEN]
-        return replace(plan, gate=gate, strength=strength)
+    def _gated(self, plans: Iterable[PrunePlan], *strengths: float) -> Iterator[PrunePlan]:
+        """Every plan with gates of every strength; a basis of its own keeps the ones it has."""
+        for plan in plans:
+            for strength in strengths:
+                gate = {name: 1 + strength * (mu - 1) for name, mu in self._mu.items()}
+                if plan.maps is not None:
+                    gate[Axis.HIDDEN.value] = plan.gate[Axis.HIDDEN]
+                yield replace(plan, gate=gate, strength=strength)
 
     def _nearest(
         self,
         wanted: float,
         kept: Tensor,
-        strength: float,
         num_heads: int | None = None,
         sizes: list[int] | None = None,
     ) -> Iterator[PrunePlan]:
@@ -151,19 +153,18 @@ class Candidates:
             with suppress(UserError):  # these sizes may not fit the budget
                 plan = self._allocator.plan(kept, fixed)
                 if self._is_full(plan):
-                    yield self._in_basis(self._gated(plan, strength))
+                    yield self._in_basis(plan)
                     return
 
     def _extreme(self, kept: Tensor) -> Iterator[PrunePlan]:
-        """Only hidden dimensions go, apart from layers; or a few units, too. The rest is whole."""
+        """Only hidden dimensions go, apart from layers; or a few units, too."""
         with suppress(UserError):  # not with hidden dimensions alone
             alone = self._hidden_alone.plan(kept)
             if self._is_full(alone):
-                yield self._gated(alone, WHOLE)
+                yield alone
             for size in [size for size in self._sizes if size > alone.shape.hidden][:NUM_TRIED]:
                 with suppress(UserError):  # heads may have to divide it
-                    plan = self._allocator.plan(kept, {Axis.HIDDEN: size})
-                    yield self._gated(plan, WHOLE)
+                    yield self._allocator.plan(kept, {Axis.HIDDEN: size})
                     return
 
     def _is_full(self, plan: PrunePlan) -> bool:
