@@ -122,6 +122,7 @@ class Allocator:
         self._ranking = Ranking(full, _benefits(full, problem), pruned, multiples)
         gates = complete(gate or {"layers": torch.ones(1, 1)}, problem.architecture)
         self._gate = {name: gate.contiguous() for name, gate in gates.items()}
+        self._chosen: dict[tuple[object, ...], Shape | None] = {}
 
     def plan(
         self, kept: Tensor | None = None, fixed: Mapping[Axis, int] | None = None
@@ -143,8 +144,12 @@ class Allocator:
         return PrunePlan(self._keep_best(shape), self._gate, shape.head_dim)
 
     def _choose(self, present: Tensor, problem: Problem) -> Shape | None:
-        choose = choose_uniform if problem.is_uniform else choose_free
-        return choose(self._ranking, present, problem)
+        """Looked for once: a search comes to the same place from several sides."""
+        key = (*present.flatten().tolist(), *sorted(problem.fixed.items()))
+        if key not in self._chosen:
+            choose = choose_uniform if problem.is_uniform else choose_free
+            self._chosen[key] = choose(self._ranking, present, problem)
+        return self._chosen[key]
 
     def _of_scores(self, problem: Problem) -> Shape:
         """With the sub-layers that the scores keep, and those that it takes to use the budget."""

@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,33 +19,46 @@ from tests.runs import ROOT
 from tests.tiny import save_tiny
 
 
-def test_every_section(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
     write_checkpoint(tmp_path / "model", llama(32, 48, 2, 4, vocab_size=512), 10**9)
-    command = [
-        sys.executable, "eval/bench_speed.py", "--model", str(tmp_path / "model"), "--rounds", "1",
-        "--sections", "step", "kernels", "inference", "files", "--inference-rounds", "1",
-        "--round-to", "1", "8",
-        "--batch-size", "2", "--seq-len", "16", "--output", str(tmp_path / "figures.json"),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() == {"step", "kernels", "inference", "files"}
+    return tmp_path / "model"
+
+
+def figures(model: Path, *sections: str) -> dict[str, dict[str, Any]]:
+    """What a quick run of these sections writes."""
+    output = model.with_name("figures.json")
+    run([
+        "--model", str(model), "--sections", *sections, "--rounds", "1", "--inference-rounds", "1",
+        "--batch-size", "2", "--seq-len", "16", "--round-to", "1", "8", "--output", str(output),
+    ])  # fmt: skip
+    found: dict[str, dict[str, Any]] = json.loads(output.read_text())
+    assert [*found] == [*sections]
+    return found
+
+
+def test_a_step_and_its_kernels(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(model, "step", "kernels")
+    told = capsys.readouterr().out
     for name in ("search step / bare", "tune step / bare", "share of it in a search step"):
-        assert figures["step"][name] > 0 and f"{name} = " in done.stdout
-    for name, times in figures["kernels"].items():
-        assert f"largest in a {name}" in done.stdout
-        assert (
-            0 < sum(ms for kernel, ms in times.items() if is_product(kernel)) < sum(times.values())
-        )
-    dense, *pruned = figures["inference"].values()
-    assert [*figures["inference"]] == ["dense", "multiples of 1", "multiples of 8"]
+        assert found["step"][name] > 0 and f"{name} = " in told
+    for name, times in found["kernels"].items():
+        assert f"largest in a {name}" in told
+        products = sum(ms for kernel, ms in times.items() if is_product(kernel))
+        assert 0 < products < sum(times.values())
+
+
+@pytest.mark.slow
+def test_inference_and_files(model: Path) -> None:
+    """A process for each checkpoint and each phase."""
+    found = figures(model, "inference", "files")
+    dense, *pruned = found["inference"].values()
+    assert [*found["inference"]] == ["dense", "multiples of 1", "multiples of 8"]
     assert sum("tokens/s" in name for name in dense) == 4
     for after in pruned:
         assert after["checkpoint, MB"] < 0.7 * dense["checkpoint, MB"]
         assert after.keys() == dense.keys() and all(value > 0 for value in after.values())
-    assert all(phase["seconds"] > 0 for phase in figures["files"].values())
+    assert all(phase["seconds"] > 0 for phase in found["files"].values())
 
 
 def test_given_checkpoints_are_measured_beside_the_dense_one(tmp_path: Path) -> None:

@@ -16,17 +16,18 @@ from llm_vtrans.commands.publish import publish
 from llm_vtrans.commands.verify import verify as verify_command
 from llm_vtrans.errors import UserError
 from llm_vtrans.preparation.command_line import parse
+from llm_vtrans.prune import prune
 from llm_vtrans.record.masks_file import MASKS_FILE, TUNING_FILE
 from llm_vtrans.record.model_card import base_license, front_matter
 from llm_vtrans.record.verification import CHECKS, Subject, verify
-from tests.runs import finish, flags, write_inputs
+from tests.runs import flags, write_inputs
 
 
 @pytest.fixture(scope="module", params=["stock", "per-layer"])
 def run(request, tmp_path_factory):
     folder = write_inputs(tmp_path_factory.mktemp("publish"))
     (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\nDense.\n")
-    finish(flags(folder, "--sparsity", "0.4", "--layout", request.param))
+    prune(flags(folder, "--sparsity", "0.4", "--layout", request.param))
     return folder / "out"
 
 

@@ -7,9 +7,10 @@ from shutil import copytree
 import pytest
 import torch
 
+from llm_vtrans.prune import prune
 from tests.runs import copy_inputs, finish, flags, trained_tensors, write_inputs
 
-NUM_STEPS, GLOBAL_BATCH = 20, 4
+NUM_STEPS, GLOBAL_BATCH = 20, 16
 SAMPLES = NUM_STEPS * GLOBAL_BATCH
 # `accelerate launch --cpu --num_processes 2` starts a single process: it leaves CPU ranks to
 # MPI. torchrun sets the variables that accelerate reads.
@@ -22,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one = write_inputs(tmp_path_factory.mktemp("one"))
     two = copytree(one, tmp_path_factory.mktemp("two"), dirs_exist_ok=True)
     half = GLOBAL_BATCH // 2
-    finish(flags(one, "--gradient-accumulation", "2", samples=SAMPLES, batch_size=half))
+    prune(flags(one, "--gradient-accumulation", "2", samples=SAMPLES, batch_size=half))
     finish(flags(two, samples=SAMPLES, batch_size=half), *TWO_RANKS)
     return one, two
 
