@@ -28,6 +28,7 @@ from llm_vtrans.families import Shape
 from llm_vtrans.loading.model import Weights, fill_model, final_norm, load_model
 from llm_vtrans.loading.quantised import FULL
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.preparation.batch_fit import has_room
@@ -42,6 +43,7 @@ from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, train
+from llm_vtrans.training.rehearsal import Rehearsal
 from llm_vtrans.training.run_state import (
     STATE_FILE,
     STATE_FOLDER,
@@ -252,17 +254,26 @@ class Job(Prepared):
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 measure(chooser.choose(other), "other_layout")
+            choose = partial(chooser.choose, rehearsal=self._rehearsal())
             if self.stopwatch is None:
-                self.plan = chooser.choose(self.problem)
+                self.plan = choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, partial(allocate, self.masks), chooser.choose, self._nanoseconds
+                    self.problem, partial(allocate, self.masks), choose, self._nanoseconds
                 )
                 if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
                     self.reporter.say(f"the network found takes {used:.2f} of the budget")
             self.untuned = chooser.loss(self.plan)
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
+
+    def _rehearsal(self) -> Rehearsal | None:
+        """Of tuning, where that leaves the weights alone: what was trained is forgotten again."""
+        if self.args.trains_weights or not self.settings.tune_steps:
+            return None
+        return Rehearsal(
+            self.distillation, self.data.train, self.accelerator, self.settings, self.preemption
+        )
 
     def _nanoseconds(self, shape: Shape) -> float:
         """What a network of this shape takes in the run's layout, where time is a budget."""
@@ -305,6 +316,7 @@ class Job(Prepared):
                 self.untuned = self.chooser().fitted(self.plan, batches)
             if self._narrows():
                 narrow(self.masked, self.source, self.plan, self.args.gradient_checkpointing)
+            self.tuning.settle(gates.get(KEPT_HIDDEN))
             objective = TuneObjective(
                 self.distillation, gates, self.untuned, sparsity, self.settings
             )

@@ -23,6 +23,7 @@ from llm_vtrans.job import CHOICE_EXAMPLES, Job
 from llm_vtrans.masking.by_layer import Gates
 from llm_vtrans.tasks.encoding import Batch, inputs_of
 from llm_vtrans.training.distillation import Distillation, with_sum
+from llm_vtrans.training.rehearsal import Rehearsal
 
 
 class Labels(Distillation):
@@ -71,7 +72,7 @@ class BinaryJob(Job):
 class _OwnPlan(Chooser):
     """Takes the plan that the masks propose."""
 
-    def choose(self, problem: Problem) -> PrunePlan:
+    def choose(self, problem: Problem, rehearsal: Rehearsal | None = None) -> PrunePlan:
         first = Candidates(self._masks, problem, self._oblique).first
         return replace(first, basis=self._head_basis)
 

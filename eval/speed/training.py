@@ -23,6 +23,7 @@ from llm_vtrans.budget.cost import dense_shape, mac_cost
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
+from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.masking.tuning import Tuning
 from llm_vtrans.preparation.planning import default_multiple
@@ -62,6 +63,7 @@ class Bench:
         narrowed = SelfDistillation(MaskedModel(self.model, architecture, tuning))
         narrow(narrowed.masked, source, plan)
         gates = hard_gates(plan, self.device)
+        narrowed.masked.tuning.settle(gates.get(KEPT_HIDDEN))
         self.tune_objective = TuneObjective(narrowed, gates, 1.0, 0.0, settings)
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()

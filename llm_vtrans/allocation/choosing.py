@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -19,6 +20,7 @@ from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
 from llm_vtrans.training.regression import fit_readers
+from llm_vtrans.training.rehearsal import Rehearsal
 
 
 class Chooser:
@@ -40,32 +42,46 @@ class Chooser:
         oblique: AnyBasis | None,
         head_basis: HeadBasis | None,
     ):
-        self._distillation, self._masks = distillation, masks
+        self.distillation, self._masks = distillation, masks
         self._taught = [(batch, distillation.teach(batch)) for batch in batches]
         self._oblique, self._head_basis = oblique, head_basis
 
-    def choose(self, problem: Problem) -> PrunePlan:
+    def choose(self, problem: Problem, rehearsal: Rehearsal | None = None) -> PrunePlan:
         """The plan of least loss.
+
+        Args:
+            problem: model, budget, rounding and layout.
+            rehearsal: of the tuning that follows, for the last word; None where none does.
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        plan = search_plan(self._masks, problem, self.loss, self._oblique)
+        rehearsed = None if rehearsal is None else partial(self.rehearsed, rehearsal)
+        plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
         return replace(plan, basis=self._head_basis)
+
+    def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:
+        """What a plan loses after the first steps of tuning, in nats."""
+        self._start(replace(plan, basis=self._head_basis))
+        rehearsal.tune(self._gates(plan), self.measured())
+        return self.measured()
 
     def fitted(self, plan: PrunePlan, batches: Sequence[Batch]) -> float:
         """What a plan loses when the closed-form part of tuning is done, in nats.
 
         The network is then as that leaves it, until gates or maps are set again.
         """
+        self._start(plan)
+        return fit_readers(self.distillation.masked, self._gates(plan), batches, self.measured)
+
+    def _start(self, plan: PrunePlan) -> None:
+        """Makes the network what tuning starts from."""
         self.use(plan)
-        masked = self._distillation.masked
-        masked.tuning.is_on = True  # with the identity, where a plan has no maps
-        return fit_readers(masked, self._gates(plan), batches, self.measured)
+        self.distillation.masked.tuning.is_on = True  # with the identity, where there are no maps
 
     def use(self, plan: PrunePlan) -> None:
         """Makes the network what a plan makes of it, until gates or maps are set again."""
-        masked = self._distillation.masked
+        masked = self.distillation.masked
         masked.tuning.start(plan.maps)
         masked.set_gates(self._gates(plan))
 
@@ -80,7 +96,7 @@ class Chooser:
     @torch.no_grad()
     def measured(self) -> float:
         """The same of the network as it is."""
-        return agreed(fmean(float(self._distillation.loss(*pair)) for pair in self._taught))
+        return agreed(fmean(float(self.distillation.loss(*pair)) for pair in self._taught))
 
 
 def hard_gates(plan: PrunePlan, device: torch.device) -> dict[str, Tensor]:

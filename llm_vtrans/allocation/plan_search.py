@@ -1,11 +1,12 @@
 """ALLOCATE, refined: candidates are compared by what their hard-masked networks lose.
 
-That loss is the truth, and a forward pass of a few batches tells it.
+A forward pass of a few batches tells it. But tuning makes good more of what went with hidden
+dimensions than of what went with heads and FFN units, so a rehearsal of it has the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import inf, isnan
 
@@ -28,18 +29,21 @@ def search_plan(
     problem: Problem,
     loss: Callable[[PrunePlan], float],
     oblique: AnyBasis | None = None,
+    tuned_loss: Callable[[PrunePlan], float] | None = None,
 ) -> PrunePlan:
     """The plan of lowest loss that is found.
 
     The most promising depths are searched, each until neither a hidden size near its best plan's
     nor weaker or stronger gates lose less; those of about as many layers come in question then,
-    and so on.
+    and so on. At last hidden dimensions go for other units as long as a rehearsal of tuning leaves
+    less of the loss.
 
     Args:
         masks: trained masks.
         problem: model, budget, rounding and layout.
         loss: of the hard-masked network, lower is better.
         oblique: of the stream, where the family allows another basis.
+        tuned_loss: the same after a rehearsal of tuning, which takes longer; None if none follows.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
@@ -54,9 +58,10 @@ def search_plan(
                 seen.append(kept)
                 found += best_of(candidates.of(kept))
         if not found:
-            return best[1]
+            break
         for start in sorted(found, key=_loss)[:NUM_EXPLORED]:
             best = min(best, _explore(start, candidates, best_of), key=_loss)
+    return best[1] if tuned_loss is None else _settle(best[1], candidates, best_of, tuned_loss)
 
 
 def _loss(found: Found) -> float:
@@ -97,3 +102,28 @@ def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
                 if found[0] < best[0]:
                     best, is_better = found, True
     return best
+
+
+def _settle(
+    plan: PrunePlan,
+    candidates: Candidates,
+    best_of: _Losses,
+    tuned_loss: Callable[[PrunePlan], float],
+) -> PrunePlan:
+    """Gives up more hidden dimensions for other units while less is lost after a rehearsal."""
+    best = None
+    while narrower := best_of(_narrower(plan, candidates)):
+        best = tuned_loss(plan) if best is None else best
+        [(_, other)] = narrower
+        if not (loss := tuned_loss(other)) < best:  # nor if it is NaN
+            break
+        best, plan = loss, other
+    return plan
+
+
+def _narrower(plan: PrunePlan, candidates: Candidates) -> Iterator[PrunePlan]:
+    """The plan of the next smaller hidden size, and with weaker and stronger gates."""
+    for other in candidates.beyond(plan, min(HIDDEN_RATIOS)):
+        yield other
+        for by in STRENGTH_STEPS:
+            yield from candidates.stronger(other, by)

@@ -178,6 +178,8 @@ class Tuning(nn.Module):
                 parameter.copy_(maps[Place.WRITE if _writes(name) else Place.READ])
         for scale in self.scales.values():
             scale.fill_(1)
+        if self.shift is not None:
+            self.shift.zero_()
         if maps is not None and self._is_tied:
             self.scales[self._final_scale].copy_(maps[Place.END][0])
             if self.shift is not None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
 from llm_vtrans.training.loop import Objective, TrainingSettings, warm_up_and_decay
@@ -36,7 +35,6 @@ class TuneObjective(Objective):
         self.distillation, self.masked = distillation, distillation.masked
         self.tuning, self.hard = self.masked.tuning, hard
         self.loss, self.sparsity = loss, sparsity
-        self.tuning.settle(hard.get(KEPT_HIDDEN))
         self.tuning.requires_grad_(True)
         self.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)

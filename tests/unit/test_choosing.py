@@ -1,6 +1,9 @@
 """Plans are told apart by what their networks lose."""
 
+import math
+
 import pytest
+from accelerate import Accelerator
 
 from llm_vtrans.allocation.allocate import allocate
 from llm_vtrans.allocation.choosing import Chooser
@@ -9,7 +12,11 @@ from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.masks import VIBMasks
+from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training.distillation import SelfDistillation
+from llm_vtrans.training.loop import TrainingSettings
+from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.rehearsal import Rehearsal
 from llm_vtrans.training.search import initial_shapes
 from tests.tiny import tiny_model
 from tests.unit.test_tuning import architecture_of, fresh, tokens
@@ -46,3 +53,38 @@ def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
     assert first < chooser.loss(one)
     assert chooser.fitted(other, fit_to) != first
     assert chooser.fitted(one, fit_to) == first
+
+
+@pytest.fixture
+def rehearsal(case: tuple[Chooser, VIBMasks, Problem]) -> Rehearsal:
+    """The whole of a short tuning."""
+    settings = TrainingSettings(0, 8, 8, 1, 0.1, 0.0, 0, 100, 100, True)
+    examples = Examples({"input_ids": tokens(64)})
+    return Rehearsal(
+        case[0].distillation, examples, Accelerator(cpu=True), settings, Preemption()
+    )  # fmt: skip
+
+
+def test_of_a_rehearsal_nothing_stays_but_the_choice(
+    case: tuple[Chooser, VIBMasks, Problem], rehearsal: Rehearsal
+) -> None:
+    """Plans are rehearsed from the same start, and none is worse than the one without."""
+    chooser, _, problem = case
+    before = chooser.choose(problem)
+    loss, rehearsed = chooser.loss(before), chooser.rehearsed(rehearsal, before)
+    assert rehearsed < loss
+    chosen = chooser.choose(problem, rehearsal)
+    assert problem.cost.of(chosen.shape) <= problem.budget.target
+    assert chooser.rehearsed(rehearsal, chosen) <= rehearsed
+    assert chooser.rehearsed(rehearsal, before) == rehearsed
+    assert chooser.loss(before) == loss
+
+
+def test_a_rehearsal_that_fails_has_no_loss(
+    case: tuple[Chooser, VIBMasks, Problem], rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_vtrans.training.rehearsal.CALM", float("inf"))
+    chooser, _, problem = case
+    before = chooser.choose(problem)
+    assert math.isnan(chooser.rehearsed(rehearsal, before))
+    assert chooser.choose(problem, rehearsal).shape == before.shape

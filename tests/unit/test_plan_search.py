@@ -124,3 +124,38 @@ def test_gates_of_another_strength_are_another_plan() -> None:
     plan = search_plan(masks, problem, loss, identity_basis(SMALL.hidden_size))
     assert plan.strength == 0
     assert any((shape, 0) in measured and (shape, 1) in measured for shape, _ in measured)
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.3])
+def test_hidden_dimensions_go_on_going_while_less_is_lost_with_tuning(
+    case: tuple[VIBMasks, Problem], ratio: float
+) -> None:
+    """Tuning makes good more of what went with them; so the loss before it stops too early."""
+    masks, problem = case
+    size = problem.architecture.num_units[Axis.HIDDEN]
+    first = search_plan(masks, problem, lambda plan: plan.strength, identity_basis(size))
+    tuned: list[int] = []
+
+    def tuned_loss(plan: PrunePlan) -> float:
+        assert problem.cost.of(plan.shape) <= problem.budget.target
+        tuned.append(plan.shape.hidden)
+        return abs(plan.shape.hidden - ratio * first.shape.hidden)
+
+    plan = search_plan(masks, problem, lambda plan: plan.strength, identity_basis(size), tuned_loss)
+    assert tuned[0] == first.shape.hidden and tuned == sorted(tuned, reverse=True)
+    assert plan.strength == 0
+    if ratio > 1:  # one more look
+        assert plan.shape == first.shape and len(tuned) == 2
+    else:
+        assert plan.shape.hidden < 0.85 * first.shape.hidden
+        assert plan.shape.hidden == min(tuned, key=lambda n: abs(n - ratio * first.shape.hidden))
+
+
+def test_a_loss_with_tuning_that_is_no_number_moves_nothing() -> None:
+    problem = stock_problem(SMALL, 0.5)
+    masks = masks_for(problem, -4.0)
+    first = search_plan(masks, problem, lambda plan: plan.strength)
+    plan = search_plan(
+        masks, problem, lambda plan: plan.strength, tuned_loss=lambda _: float("nan")
+    )
+    assert (plan.shape, plan.strength) == (first.shape, first.strength)

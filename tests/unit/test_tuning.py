@@ -220,3 +220,16 @@ def test_a_tuning_is_recalled(is_settled: bool) -> None:
     saved = again.state_dict()
     assert saved.keys() == tuning.state_dict().keys()
     assert all(saved[name].equal(tensor) for name, tensor in tuning.state_dict().items())
+
+
+def test_a_start_forgets_what_was_trained() -> None:
+    """Of GPT-2 what the final norm adds, too."""
+    tuning = fresh("gpt2")
+    begun = {name: tensor.clone() for name, tensor in tuning.state_dict().items()}
+    assert "shift" in begun
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(1)
+    tuning.start(None)
+    for name, tensor in tuning.state_dict().items():
+        assert tensor.equal(begun[name]), name

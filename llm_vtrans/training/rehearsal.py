@@ -1,0 +1,87 @@
+"""ALLOCATE, last: the first steps of tuning, for plans that are compared and then forgotten.
+
+What a plan loses before it is tuned says too little. Tuning trains matrices where layers meet the
+stream, but only factors of heads and FFN units: it makes good more of what went with hidden
+dimensions. A few steps show it, if they are calm ones. At its full rate tuning first raises the
+loss, and by how much is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from llm_vtrans.errors import UserError
+from llm_vtrans.tasks.encoding import Examples
+from llm_vtrans.training.distillation import Distillation
+from llm_vtrans.training.loop import TrainingSettings, train
+from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.tune import TuneObjective
+
+NUM_STEPS = 15
+CALM = 0.3  # of tuning's learning rates
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The tuning that a run will do, cut short.
+
+    Attributes:
+        distillation: masked network of frozen weights, and its teacher.
+        examples: of the whole run; those are used that tuning begins with.
+        accelerator: ranks and device.
+        settings: of the run's loop, with steps that tune.
+        preemption: of the run.
+    """
+
+    distillation: Distillation
+    examples: Examples
+    accelerator: Accelerator
+    settings: TrainingSettings
+    preemption: Preemption
+
+    def tune(self, hard: Mapping[str, Tensor], loss: float) -> None:
+        """Trains the tuning from where it is; gates are in force afterwards.
+
+        Args:
+            hard: gate values of a plan.
+            loss: of the network that they make, in nats.
+        """
+        objective = _Beginning(self.distillation, hard, loss, 0.0, self.settings)
+        with suppress(UserError):  # a loss that is no number: the network says so, too
+            train(
+                objective, objective.optimizer(), self.examples, self.accelerator, self.settings,
+                objective.stage.start, _ignore, _ignore, self.preemption,
+            )  # fmt: skip
+        self.distillation.masked.set_gates(hard)
+
+
+class _Beginning(TuneObjective):
+    """Its first steps, calm ones."""
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        hard: Mapping[str, Tensor],
+        loss: float,
+        sparsity: float,
+        settings: TrainingSettings,
+    ):
+        super().__init__(distillation, hard, loss, sparsity, settings)
+        self.stage = self.stage[:NUM_STEPS]
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """With a lower peak for every group."""
+        optimizer = super().optimizer()
+        for group in optimizer.param_groups:
+            group["peak"] *= CALM
+        return optimizer
+
+
+def _ignore(_: object) -> None:
+    """Nothing of a rehearsal is reported or saved."""
