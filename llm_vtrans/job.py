@@ -272,8 +272,9 @@ class Job(Prepared):
         if self.args.trains_weights or not self.settings.tune_steps:
             return None
         return Rehearsal(
-            self.distillation, self.data.train, self.accelerator, self.settings, self.preemption
-        )
+            self.distillation, self.data.train, self.accelerator, self.settings, self.preemption,
+            self.reporter.say,
+        )  # fmt: skip
 
     def _nanoseconds(self, shape: Shape) -> float:
         """What a network of this shape takes in the run's layout, where time is a budget."""

@@ -64,7 +64,12 @@ class Chooser:
         """What a plan loses after the first steps of tuning, in nats."""
         self._start(replace(plan, basis=self._head_basis))
         rehearsal.tune(self._gates(plan), self.measured())
-        return self.measured()
+        loss, shape = self.measured(), plan.shape
+        rehearsal.say(
+            f"rehearsed: hidden {shape.hidden}, heads {max(shape.heads)}, FFN {max(shape.ffn)} "
+            f"in {int(plan.present.any(1).sum())} layers  {loss:.4f} nats"
+        )
+        return loss
 
     def fitted(self, plan: PrunePlan, batches: Sequence[Batch]) -> float:
         """What a plan loses when the closed-form part of tuning is done, in nats.

@@ -8,7 +8,7 @@ loss, and by how much is noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Rehearsal:
         accelerator: ranks and device.
         settings: of the run's loop, with steps that tune.
         preemption: of the run.
+        say: tells the user what was found.
     """
 
     distillation: Distillation
@@ -44,6 +45,7 @@ class Rehearsal:
     accelerator: Accelerator
     settings: TrainingSettings
     preemption: Preemption
+    say: Callable[[str], None]
 
     def tune(self, hard: Mapping[str, Tensor], loss: float) -> None:
         """Trains the tuning from where it is; gates are in force afterwards.

@@ -61,12 +61,14 @@ def rehearsal(case: tuple[Chooser, VIBMasks, Problem]) -> Rehearsal:
     settings = TrainingSettings(0, 8, 8, 1, 0.1, 0.0, 0, 100, 100, True)
     examples = Examples({"input_ids": tokens(64)})
     return Rehearsal(
-        case[0].distillation, examples, Accelerator(cpu=True), settings, Preemption()
+        case[0].distillation, examples, Accelerator(cpu=True), settings, Preemption(), print
     )  # fmt: skip
 
 
 def test_of_a_rehearsal_nothing_stays_but_the_choice(
-    case: tuple[Chooser, VIBMasks, Problem], rehearsal: Rehearsal
+    case: tuple[Chooser, VIBMasks, Problem],
+    rehearsal: Rehearsal,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Plans are rehearsed from the same start, and none is worse than the one without."""
     chooser, _, problem = case
@@ -74,6 +76,8 @@ def test_of_a_rehearsal_nothing_stays_but_the_choice(
     loss, rehearsed = chooser.loss(before), chooser.rehearsed(rehearsal, before)
     assert rehearsed < loss
     chosen = chooser.choose(problem, rehearsal)
+    hidden = f"rehearsed: hidden {before.shape.hidden}, "
+    assert capsys.readouterr().out.count(hidden) == 2
     assert problem.cost.of(chosen.shape) <= problem.budget.target
     assert chooser.rehearsed(rehearsal, chosen) <= rehearsed
     assert chooser.rehearsed(rehearsal, before) == rehearsed
