@@ -43,7 +43,6 @@ from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, train
-from llm_vtrans.training.rehearsal import Rehearsal
 from llm_vtrans.training.run_state import (
     STATE_FILE,
     STATE_FOLDER,
@@ -254,7 +253,7 @@ class Job(Prepared):
             other = replace(self.problem, is_uniform=not self.problem.is_uniform)
             with suppress(UserError):  # the other layout may have no shape within the budget
                 measure(chooser.choose(other), "other_layout")
-            choose = partial(chooser.choose, rehearsal=self._rehearsal())
+            choose = partial(chooser.choose, rehearsal=self.rehearsal())
             if self.stopwatch is None:
                 self.plan = choose(self.problem)
             else:
@@ -266,15 +265,6 @@ class Job(Prepared):
             self.untuned = chooser.loss(self.plan)
             measure(self.plan, "hardened")
             self.masked.set_gates(None)
-
-    def _rehearsal(self) -> Rehearsal | None:
-        """Of tuning, where that leaves the weights alone: what was trained is forgotten again."""
-        if self.args.trains_weights or not self.settings.tune_steps:
-            return None
-        return Rehearsal(
-            self.distillation, self.data.train, self.accelerator, self.settings, self.preemption,
-            self.reporter.say,
-        )  # fmt: skip
 
     def _nanoseconds(self, shape: Shape) -> float:
         """What a network of this shape takes in the run's layout, where time is a budget."""

@@ -42,7 +42,7 @@ class Chooser:
         oblique: AnyBasis | None,
         head_basis: HeadBasis | None,
     ):
-        self.distillation, self._masks = distillation, masks
+        self._distillation, self._masks = distillation, masks
         self._taught = [(batch, distillation.teach(batch)) for batch in batches]
         self._oblique, self._head_basis = oblique, head_basis
 
@@ -63,7 +63,7 @@ class Chooser:
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:
         """What a plan loses after the first steps of tuning, in nats."""
         self._start(replace(plan, basis=self._head_basis))
-        rehearsal.tune(self._gates(plan), self.measured())
+        rehearsal.tune(self._distillation, self._gates(plan), self.measured())
         loss, shape = self.measured(), plan.shape
         rehearsal.say(
             f"rehearsed: hidden {shape.hidden}, heads {max(shape.heads)}, FFN {max(shape.ffn)} "
@@ -77,16 +77,16 @@ class Chooser:
         The network is then as that leaves it, until gates or maps are set again.
         """
         self._start(plan)
-        return fit_readers(self.distillation.masked, self._gates(plan), batches, self.measured)
+        return fit_readers(self._distillation.masked, self._gates(plan), batches, self.measured)
 
     def _start(self, plan: PrunePlan) -> None:
         """Makes the network what tuning starts from."""
         self.use(plan)
-        self.distillation.masked.tuning.is_on = True  # with the identity, where there are no maps
+        self._distillation.masked.tuning.is_on = True  # with the identity, where there are no maps
 
     def use(self, plan: PrunePlan) -> None:
         """Makes the network what a plan makes of it, until gates or maps are set again."""
-        masked = self.distillation.masked
+        masked = self._distillation.masked
         masked.tuning.start(plan.maps)
         masked.set_gates(self._gates(plan))
 
@@ -101,7 +101,7 @@ class Chooser:
     @torch.no_grad()
     def measured(self) -> float:
         """The same of the network as it is."""
-        return agreed(fmean(float(self.distillation.loss(*pair)) for pair in self._taught))
+        return agreed(fmean(float(self._distillation.loss(*pair)) for pair in self._taught))
 
 
 def hard_gates(plan: PrunePlan, device: torch.device) -> dict[str, Tensor]:

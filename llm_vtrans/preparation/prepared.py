@@ -43,6 +43,7 @@ from llm_vtrans.tasks import Task
 from llm_vtrans.timing.stopwatch import Stopwatch
 from llm_vtrans.training.loop import TrainingSettings
 from llm_vtrans.training.preemption import Preemption
+from llm_vtrans.training.rehearsal import Rehearsal
 from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER, read_state
 from llm_vtrans.training.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.training.trained_weights import BYTES_PER_PARAMETER, check_trainable
@@ -131,6 +132,14 @@ class Prepared:
     def seq_len(self) -> int:
         """Tokens in a calibration window; MACs are stated for this length."""
         return window_length(self.args, self.source)
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Of tuning, where that leaves the weights alone: what was trained is forgotten again."""
+        if self.args.trains_weights or not self.settings.tune_steps:
+            return None
+        return Rehearsal(
+            self.data.train, self.accelerator, self.settings, self.preemption, self.reporter.say
+        )
 
     @property
     def uses_rotation(self) -> bool:

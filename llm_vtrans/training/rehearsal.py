@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -32,7 +31,6 @@ class Rehearsal:
     """The tuning that a run will do, cut short.
 
     Attributes:
-        distillation: masked network of frozen weights, and its teacher.
         examples: of the whole run; those are used that tuning begins with.
         accelerator: ranks and device.
         settings: of the run's loop, with steps that tune.
@@ -40,49 +38,31 @@ class Rehearsal:
         say: tells the user what was found.
     """
 
-    distillation: Distillation
     examples: Examples
     accelerator: Accelerator
     settings: TrainingSettings
     preemption: Preemption
     say: Callable[[str], None]
 
-    def tune(self, hard: Mapping[str, Tensor], loss: float) -> None:
+    def tune(self, distillation: Distillation, hard: Mapping[str, Tensor], loss: float) -> None:
         """Trains the tuning from where it is; gates are in force afterwards.
 
         Args:
+            distillation: masked network of frozen weights, and its teacher.
             hard: gate values of a plan.
             loss: of the network that they make, in nats.
         """
-        objective = _Beginning(self.distillation, hard, loss, 0.0, self.settings)
-        with suppress(UserError):  # a loss that is no number: the network says so, too
-            train(
-                objective, objective.optimizer(), self.examples, self.accelerator, self.settings,
-                objective.stage.start, _ignore, _ignore, self.preemption,
-            )  # fmt: skip
-        self.distillation.masked.set_gates(hard)
-
-
-class _Beginning(TuneObjective):
-    """Its first steps, calm ones."""
-
-    def __init__(
-        self,
-        distillation: Distillation,
-        hard: Mapping[str, Tensor],
-        loss: float,
-        sparsity: float,
-        settings: TrainingSettings,
-    ):
-        super().__init__(distillation, hard, loss, sparsity, settings)
-        self.stage = self.stage[:NUM_STEPS]
-
-    def optimizer(self) -> torch.optim.AdamW:
-        """With a lower peak for every group."""
-        optimizer = super().optimizer()
+        objective = TuneObjective(distillation, hard, loss, 0.0, self.settings)
+        objective.stage = objective.stage[:NUM_STEPS]
+        optimizer = objective.optimizer()
         for group in optimizer.param_groups:
             group["peak"] *= CALM
-        return optimizer
+        with suppress(UserError):  # a loss that is no number: the network says so, too
+            train(
+                objective, optimizer, self.examples, self.accelerator, self.settings,
+                objective.stage.start, _ignore, _ignore, self.preemption,
+            )  # fmt: skip
+        distillation.masked.set_gates(hard)
 
 
 def _ignore(_: object) -> None:

@@ -56,13 +56,11 @@ def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
 
 
 @pytest.fixture
-def rehearsal(case: tuple[Chooser, VIBMasks, Problem]) -> Rehearsal:
+def rehearsal() -> Rehearsal:
     """The whole of a short tuning."""
     settings = TrainingSettings(0, 8, 8, 1, 0.1, 0.0, 0, 100, 100, True)
     examples = Examples({"input_ids": tokens(64)})
-    return Rehearsal(
-        case[0].distillation, examples, Accelerator(cpu=True), settings, Preemption(), print
-    )  # fmt: skip
+    return Rehearsal(examples, Accelerator(cpu=True), settings, Preemption(), print)
 
 
 def test_of_a_rehearsal_nothing_stays_but_the_choice(
