@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,7 @@ from llm_vtrans.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate launch
+AGAIN = 0.05  # seconds after which a signal is sent again that came where nothing can be raised
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -39,15 +41,20 @@ class Preemption:
         self._is_deferred = False
         self._previous: dict[signal.Signals, Any] = {}
         self._vote: Tensor | None = None
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> Preemption:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._send_again
         if sys.platform == "linux" and any(name in os.environ for name in LAUNCHED):
             # A launcher that was killed ends nobody: the kernel does it.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._unraisable
+        if self._again is not None:
+            self._again.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -55,6 +62,19 @@ class Preemption:
         is_first, self.received = self.received is None, signal.Signals(number).name
         if is_first:
             self.check()
+
+    def _send_again(self, unraisable: Any) -> None:
+        """While an object is finalised an exception ends nothing: Python would only print it."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif isinstance(unraisable.exc_value, Preempted) and self.received is not None:
+            number, self.received = signal.Signals[self.received], None
+        else:
+            self._unraisable(unraisable)
+            return
+        self._again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        self._again.daemon = True
+        self._again.start()
 
     @contextmanager
     def deferred(self, accelerator: Accelerator) -> Iterator[None]:

@@ -6,6 +6,7 @@ No process outlives `forks.LIMIT` seconds, and no half checkpoint is there to be
 import json
 import os
 import random
+import time
 from datetime import timedelta
 from pathlib import Path
 from shutil import copyfile, copytree
@@ -235,3 +236,25 @@ def test_a_signal_is_no_failure_of_what_it_interrupts() -> None:
     """The wrappers that turn any failure of a library into a line let it through."""
     with Preemption(), pytest.raises(Preempted), blame("config.json", "restore it"):
         os.kill(os.getpid(), SIGTERM)
+
+
+class _SignalsAtItsEnd:
+    """Sends its process a signal while it is finalised, where Python lets no exception out."""
+
+    def __init__(self, number: Signals):
+        self._number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self._number)
+        time.sleep(0.01)  # the handler runs here
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+def test_a_signal_while_an_object_is_finalised_is_not_lost(
+    number: Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((Preempted, KeyboardInterrupt)) as ended, Preemption():
+        _SignalsAtItsEnd(number)
+        time.sleep(10)
+    assert ended.type is (KeyboardInterrupt if number == SIGINT else Preempted)
+    assert capsys.readouterr().err == ""
