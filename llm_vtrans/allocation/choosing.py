@@ -62,7 +62,8 @@ class Chooser:
 
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:
         """What a plan loses after the first steps of tuning, in nats."""
-        self._start(replace(plan, basis=self._head_basis))
+        plan = replace(plan, basis=self._head_basis)
+        self._start(plan)
         rehearsal.tune(self._distillation, self._gates(plan), self.measured())
         loss, shape = self.measured(), plan.shape
         rehearsal.say(

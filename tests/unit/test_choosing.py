@@ -1,6 +1,7 @@
 """Plans are told apart by what their networks lose."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from llm_vtrans.allocation.allocate import allocate
 from llm_vtrans.allocation.choosing import Chooser
 from llm_vtrans.allocation.plan_search import search_plan
+from llm_vtrans.basis.head_basis import balanced_basis
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.masking.attachment import MaskedModel
@@ -19,6 +21,7 @@ from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.rehearsal import Rehearsal
 from llm_vtrans.training.search import initial_shapes
 from tests.tiny import tiny_model
+from tests.unit.test_exactness import random_plan
 from tests.unit.test_tuning import architecture_of, fresh, tokens
 
 
@@ -80,6 +83,23 @@ def test_of_a_rehearsal_nothing_stays_but_the_choice(
     assert chooser.rehearsed(rehearsal, chosen) <= rehearsed
     assert chooser.rehearsed(rehearsal, before) == rehearsed
     assert chooser.loss(before) == loss
+
+
+def test_heads_are_rehearsed_with_the_dimensions_that_a_plan_leaves_them(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of no length leave the network as it was measured."""
+    monkeypatch.setattr("llm_vtrans.training.rehearsal.CALM", 0.0)
+    architecture, model = architecture_of("gpt2"), tiny_model("gpt2")
+    batches = [{"input_ids": tokens(4)}]
+    basis = balanced_basis(model, architecture, batches, lambda batch: model(**batch))
+    distillation = SelfDistillation(MaskedModel(model, architecture, fresh("gpt2")))
+    masks = VIBMasks(initial_shapes(architecture, ("hidden", "heads", "ffn"), True), 0.0, 0)
+    chooser = Chooser(distillation, masks, batches, None, basis)
+    plan = random_plan(architecture, True, 5, basis=basis)
+    assert plan.head_dim is not None and plan.head_dim < basis.width
+    plan = replace(plan, basis=None)  # as plans are compared
+    assert math.isclose(chooser.rehearsed(rehearsal, plan), chooser.loss(plan), rel_tol=1e-4)
 
 
 def test_a_rehearsal_that_fails_has_no_loss(
