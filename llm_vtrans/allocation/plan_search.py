@@ -61,7 +61,9 @@ def search_plan(
             break
         for start in sorted(found, key=_loss)[:NUM_EXPLORED]:
             best = min(best, _explore(start, candidates, best_of), key=_loss)
-    return best[1] if tuned_loss is None else _settle(best[1], candidates, best_of, tuned_loss)
+    if tuned_loss is None:
+        return best[1]
+    return _settle(best[1], candidates, best_of, _Losses(tuned_loss))
 
 
 def _loss(found: Found) -> float:
@@ -105,19 +107,15 @@ def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
 
 
 def _settle(
-    plan: PrunePlan,
-    candidates: Candidates,
-    best_of: _Losses,
-    tuned_loss: Callable[[PrunePlan], float],
+    plan: PrunePlan, candidates: Candidates, best_of: _Losses, best_tuned: _Losses
 ) -> PrunePlan:
     """Gives up more hidden dimensions for other units while less is lost after a rehearsal."""
-    best = None
-    while narrower := best_of(_narrower(plan, candidates)):
-        best = tuned_loss(plan) if best is None else best
-        [(_, other)] = narrower
-        if not (loss := tuned_loss(other)) < best:  # nor if it is NaN
+    while found := best_of(_narrower(plan, candidates)):
+        [(_, narrower)] = found
+        [(_, better)] = best_tuned([plan, narrower])
+        if better is plan:
             break
-        best, plan = loss, other
+        plan = narrower
     return plan
 
 
