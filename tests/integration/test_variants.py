@@ -96,7 +96,8 @@ def test_resumed_is_uninterrupted(
     check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
 
 
-@pytest.mark.parametrize("stop", [17, 21])  # of 24 steps of the search; it shrinks every third
+# Of 24 steps of the search; it shrinks every third.
+@pytest.mark.parametrize("stop", [pytest.param(17, marks=pytest.mark.slow), 21])
 def test_a_network_that_shrinks_is_resumed(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,

@@ -30,7 +30,7 @@ SET_UPS = {  # name -> DeepSpeed configuration, model, further flags
     "ZeRO-3, tied": ("zero3", "llama-tied", ()),
     "ZeRO-3, layer norms": ("zero3", "gpt2", ()),
 }
-QUICK = ("2 ranks", "ZeRO-2", "ZeRO-3")
+QUICK = ("ZeRO-2", "ZeRO-3")  # two ranks alone: test_two_ranks.py
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -129,7 +129,9 @@ def test_same_recovery(
         torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("recovery", ["full", "least-squares"])
+@pytest.mark.parametrize(
+    "recovery", ["full", pytest.param("least-squares", marks=pytest.mark.slow)]
+)
 def test_whole_weights_are_refused_in_slices(recovery: str, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path)
     with deepspeed("zero3", folder):
