@@ -1,8 +1,9 @@
 """Dense against pruned as a user meets them: loading, prefill, decode, memory, files.
 
-Each model is measured in a process of its own that loads it with stock `transformers`. On a GPU
-decoding is also timed as `generate` does it with a static cache: its passes are compiled and
-replayed as graphs, where else they wait for the processor that launches kernels.
+Each model is measured in a process of its own that loads it with stock `transformers`. On a GPU,
+where small passes wait for the processor that launches kernels and wide ones for everything between
+matrix products, decoding is also timed as `generate` does it with a static cache, compiled and
+replayed as graphs, and prefill with every layer compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import compile_regions
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -53,6 +55,11 @@ def measure(folder: Path, dtype: torch.dtype, seq_len: int) -> dict[str, float]:
         for size in BATCH_SIZES:
             name = f"decode:{size} at token {seq_len}, static cache, tokens/s"
             found[name] = generated_per_second(model, size, seq_len)
+        model.config.use_cache = False  # else every layer is compiled for itself
+        layers = compile_regions(model, dynamic=False)
+        for timed in passes(seq_len)[: len(BATCH_SIZES)]:
+            tokens = timed.batch_size * timed.seq_len
+            found[f"{timed}, compiled, tokens/s"] = tokens / (1e-3 * timed.milliseconds(layers))
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_rss() - idle
     return {**found, "peak memory, MB": peak / MB}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eval.speed.shapes import llama, write_checkpoint
 from eval.speed.training import Bench
 from llm_vtrans.allocation.choosing import hard_gates
 from llm_vtrans.calibration.own_words import NUM_TEXTS, cache_of, texts_at_once
@@ -109,10 +110,16 @@ def test_a_budget_of_time(
 ) -> None:
     monkeypatch.setattr(remembered, "CACHE", tmp_path / "cache")
     given = [*flags(write_inputs(tmp_path)), "--latency-shape", shape, "--latency-ms"]
-    assert run_command(prune, [*given, "1e9"]) == USER_ERROR
-    dense = re.search(r"the model takes ([\d.]+) ms", capsys.readouterr().err)
-    assert dense is not None
-    assert run_command(prune, [*given, str(0.8 * float(dense[1]))]) == 0
+
+    def limit(asked: str, told: str) -> float:
+        assert run_command(prune, [*given, asked]) == USER_ERROR
+        found = re.search(told + r" ([\d.]+) ms", capsys.readouterr().err)
+        assert found is not None
+        return float(found[1])
+
+    # Layers alone shorten passes of models this small: most of the way is out of reach.
+    dense, smallest = limit("1e9", "the model takes"), limit("1e-3", "the smallest model has")
+    assert run_command(prune, [*given, str((dense + smallest) / 2)]) == 0
     manifest = json.loads((tmp_path / "out" / "vtrans.json").read_text())
     assert manifest["budget"]["kind"] == "ns" and manifest["budget"]["achieved"] > 0
 
@@ -171,7 +178,9 @@ def test_fused_kernels_compute_what_the_library_does(name: str, tmp_path: Path) 
 
 
 def test_a_training_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
-    bench = Bench(str(save_tiny("llama", tmp_path)), 2, 8, torch.bfloat16)
+    folder = tmp_path / "of multiples of 64"
+    write_checkpoint(folder, llama(hidden=256, ffn=704, layers=2, heads=4))
+    bench = Bench(str(folder), 2, 8, torch.bfloat16)
     for step in (bench.search_step, bench.tune_step):
         step()
         torch.cuda.set_sync_debug_mode("error")
