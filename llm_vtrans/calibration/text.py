@@ -28,7 +28,6 @@ NAMED = {
 }
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 CHARACTERS_PER_TOKEN = 8  # generous: text is read until there is surely enough of it
-PASSAGE_WINDOWS = 4  # of neighbouring text, about
 LONGEST_DOCUMENT = 2**20  # characters; what is longer comes in pieces: memory is bounded
 HELDOUT_SHARE = 16  # one window in so many is set apart for evaluation
 
@@ -223,8 +222,8 @@ def _texts(rows: Iterable[dict[str, Any]], field: str, name: str) -> Iterator[st
 
 
 def _passages(texts: Iterator[str], seq_len: int, num_windows: int) -> list[str]:
-    """Joins neighbouring documents into passages of about `PASSAGE_WINDOWS` windows each."""
-    passage_size = PASSAGE_WINDOWS * seq_len * CHARACTERS_PER_TOKEN // 2
+    """Joins neighbouring documents into passages of about four windows each."""
+    passage_size = 4 * seq_len * CHARACTERS_PER_TOKEN // 2
     enough = 4 * num_windows * seq_len * CHARACTERS_PER_TOKEN
     passages: list[str] = []
     part: list[str] = []
@@ -246,11 +245,8 @@ def _passages(texts: Iterator[str], seq_len: int, num_windows: int) -> list[str]
 def _pack(passages: list[str], tokenizer: Any, num_windows: int, seq_len: int) -> Tensor:
     """Tokenises passages until `num_windows` windows are full; `(<= num_windows, seq_len)`."""
     tokens: list[int] = []
-    at_once = max(1, num_windows // PASSAGE_WINDOWS)  # which the library spreads over threads
-    for first in range(0, len(passages), at_once):
-        group = passages[first : first + at_once]
-        encoded = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += chain.from_iterable(encoded)
+    for passage in passages:
+        tokens += tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) >= num_windows * seq_len:
             break
     count = min(num_windows, len(tokens) // seq_len)
