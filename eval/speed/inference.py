@@ -48,8 +48,7 @@ def measure(folder: Path, dtype: torch.dtype, seq_len: int) -> dict[str, float]:
         "load, s": time.perf_counter() - start,
     }
     for timed in passes(seq_len):
-        tokens = timed.batch_size * (1 if timed.is_decode else timed.seq_len)
-        found[f"{timed}, tokens/s"] = tokens / (1e-3 * timed.milliseconds(model))
+        found[f"{timed}, tokens/s"] = tokens_per_second(timed, model)
     is_cuda = device.type == "cuda"
     if is_cuda:
         for size in BATCH_SIZES:
@@ -57,11 +56,17 @@ def measure(folder: Path, dtype: torch.dtype, seq_len: int) -> dict[str, float]:
             found[name] = generated_per_second(model, size, seq_len)
         model.config.use_cache = False  # else every layer is compiled for itself
         layers = compile_regions(model, dynamic=False)
-        for timed in passes(seq_len)[: len(BATCH_SIZES)]:
-            tokens = timed.batch_size * timed.seq_len
-            found[f"{timed}, compiled, tokens/s"] = tokens / (1e-3 * timed.milliseconds(layers))
+        for timed in passes(seq_len):
+            if not timed.is_decode:
+                found[f"{timed}, compiled, tokens/s"] = tokens_per_second(timed, layers)
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_rss() - idle
     return {**found, "peak memory, MB": peak / MB}
+
+
+def tokens_per_second(timed: Pass, model: Any) -> float:
+    """Tokens per second of a pass; of decoding, new ones."""
+    tokens = timed.batch_size * (1 if timed.is_decode else timed.seq_len)
+    return tokens / (1e-3 * timed.milliseconds(model))
 
 
 def generated_per_second(model: Any, batch_size: int, seq_len: int) -> float:
