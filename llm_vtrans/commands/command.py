@@ -6,8 +6,11 @@ import argparse
 import errno
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from llm_vtrans.commands.offline import forbid_network
@@ -19,6 +22,7 @@ LONGEST = 2000  # characters of an error
 OFFLINE = "--offline"  # every command takes it
 RESUMABLE = ("prune",)  # commands that know --resume
 GO_ON = "; --resume continues from the last saved state"
+PATIENCE = 10.0  # seconds in which rank zero, and its launcher, end of the same error
 LOST_PEER = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed
 GLOO = "gloo/transport"  # it raises a plain RuntimeError that names its source file
 REMEDIES = {
@@ -82,7 +86,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         reason = str(error).partition("\n")[0]
         return _tell(f"another rank has ended, or never came ({reason}){go_on}", everywhere=True)
     except Preempted as preempted:
-        _tell(str(preempted), everywhere=not preempted.is_agreed)
+        if is_rank_zero() or not preempted.is_agreed:
+            _tell(str(preempted), everywhere=True)
         return PREEMPTED
     except KeyboardInterrupt:
         _tell(f"interrupted{go_on}", everywhere=True)
@@ -114,10 +119,19 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return type(error).__name__ in LOST_PEER or GLOO in str(error)
 
 
+def _failed_alone() -> bool:
+    """Whether rank zero goes on without this one: who fails as it does leaves the telling to it."""
+    time.sleep(PATIENCE)
+    meeting = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    with suppress(OSError), socket.create_connection(meeting, timeout=PATIENCE):
+        return True
+    return False
+
+
 def _tell(message: str, everywhere: bool = False) -> int:
-    """One line from rank zero, or `everywhere` from any rank that alone may have failed so."""
+    """One line, from rank zero where it fails as well; `everywhere` where it may well not."""
     if not is_rank_zero():
-        if not everywhere:
+        if not (everywhere or _failed_alone()):
             return USER_ERROR
         message = f"rank {os.environ['RANK']}: {message}"
     print(f"error: {printable(message)}", file=sys.stderr, flush=True)

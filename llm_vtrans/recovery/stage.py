@@ -6,6 +6,7 @@ was killed in it exports and recovers again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from llm_vtrans.distributed.zero3 import configure, gathered, is_partitioned
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.shard_writer import ShardWriter
 from llm_vtrans.families.base import Norm, head_of
-from llm_vtrans.loading.checkpoint import Checkpoint
+from llm_vtrans.loading.checkpoint import Checkpoint, TensorInfo
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.attachment import LINEAR_HEADS
@@ -92,19 +93,20 @@ def recover_checkpoint(job: Job, folder: Path, hashes: dict[str, str]) -> dict[s
     with job.reporter.phase("recover"):
         job.score(folder, EXPORTED)
         job.accelerator.free_memory()
-        dense, pruned = _networks(job, recovery, folder)
+        stored = Checkpoint.open(folder).tensors
+        dense, pruned = _networks(job, recovery, folder, stored)
         recovery.recover(dense, pruned, job.pruning(), job.data.train, _run(job))
         del dense
-        return _rewrite(folder, pruned, hashes, job.args.shard_bytes(), is_main)
+        job.accelerator.wait_for_everyone()  # all have read what rank zero replaces now
+        return rewrite(folder, stored, pruned, hashes, job.args.shard_bytes(), is_main)
 
 
 def _networks(
-    job: Job, recovery: Recovery, folder: Path
+    job: Job, recovery: Recovery, folder: Path, stored: Mapping[str, TensorInfo]
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Teacher and student in dtypes in which neither loses a digit."""
-    stored = {info.dtype for info in Checkpoint.open(folder).tensors.values()}
     dtype = torch.float32 if recovery.IS_FLOAT32 else job.dtype
-    for other in stored:
+    for other in {info.dtype for info in stored.values()}:
         dtype = torch.promote_types(dtype, other)
     configure(job.accelerator, dtype, job.args.batch_size)
     # DeepSpeed holds both in one dtype; else the teacher need not be wider than what computes.
@@ -128,11 +130,27 @@ def _run(job: Job) -> RecoveryRun:
     )  # fmt: skip
 
 
-def _rewrite(
-    folder: Path, model: nn.Module, hashes: dict[str, str], shard_size: int, is_main: bool
+def rewrite(
+    folder: Path,
+    stored: Mapping[str, TensorInfo],
+    model: nn.Module,
+    hashes: Mapping[str, str],
+    shard_size: int,
+    is_main: bool,
 ) -> dict[str, str]:
-    """Puts a model's weights in the place of the stored ones, rank zero alone."""
-    stored = Checkpoint.open(folder).tensors
+    """Puts a model's weights in the place of the stored ones; called on every rank.
+
+    Args:
+        folder: the checkpoint, into which ranks other than zero no longer look.
+        stored: its tensors.
+        model: of the same names and shapes.
+        hashes: SHA-256 of the stored shards and their index, by name; on rank zero.
+        shard_size: most bytes in a file.
+        is_main: whether this is rank zero, which alone writes.
+
+    Returns:
+        The new ones, on rank zero.
+    """
     specs = {name: (info.shape, info.dtype) for name, info in stored.items()}
     temporary = folder / FOLDER
     if is_main:

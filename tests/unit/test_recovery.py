@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from eval.baselines import slicegpt
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.errors import UserError
+from llm_vtrans.loading.checkpoint import SINGLE_FILE, Checkpoint
 from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.recovery.methods import lora, recovery_for
-from llm_vtrans.recovery.stage import check_recoverable, check_recovery
+from llm_vtrans.recovery.stage import check_recoverable, check_recovery, rewrite
 from llm_vtrans.recovery.training import RecoveryRun, default_steps
 from llm_vtrans.training.distillation_loss import distillation_loss
 from tests.tiny import save_tiny, tiny_model
@@ -122,3 +123,11 @@ def test_default_steps_are_a_budget_of_tokens() -> None:
     assert default_steps(batch_size=8, seq_len=256) == 512
     assert default_steps(batch_size=16, seq_len=512) == 128
     assert default_steps(batch_size=4096, seq_len=4096) == 1
+
+
+def test_other_ranks_keep_away_from_what_rank_zero_replaces(tmp_path: Path) -> None:
+    """Between two of its steps there is no checkpoint."""
+    folder = save_tiny("llama", tmp_path)
+    stored = Checkpoint.open(folder).tensors
+    (folder / SINGLE_FILE).unlink()
+    assert rewrite(folder, stored, tiny_model("llama"), {}, 2**20, is_main=False) == {}
