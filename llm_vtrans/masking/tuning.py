@@ -24,9 +24,9 @@ from llm_vtrans.basis.rotation import Basis, FinalNorm
 from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream, Sublayer, TensorSpec
 
 INPUT, OUTPUT, SHIFT = "in", "out", "shift"
-MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 16 bytes each,
+MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 12 bytes each,
 MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a pair for every sub-layer
-MAP_LEARNING_RATE = 1.0  # divided by the width, times the distance from the optimum
+MAP_LEARNING_RATE = 1 / 64  # times the distance from the optimum; of a map's singular values, 1
 SCALE_LEARNING_RATE = 0.015  # times that distance
 
 
@@ -223,12 +223,12 @@ class Tuning(nn.Module):
         return {name: values.detach().cpu() for name, values in found.items()}
 
     def parameter_groups(self, loss: float) -> list[dict[str, Any]]:
-        """For an optimizer of Adam's kind; `peak` is the largest learning rate of a group.
+        """For `OrthogonalAdamW`; `peak` is the largest learning rate of a group.
 
-        A step of Adam moves every entry alike, so a map's effect grows with its width: its
-        rate is inverse to that (maximal update parametrisation, arXiv:2203.03466, table 3). Nor
-        does a step know how far there is to go. Near the teacher the loss is a quadratic, so that
-        distance is its root, and so is the noise of a gradient.
+        A step changes what a map does to any direction by the same share, whatever the width
+        (arXiv:2310.17813, section 3). But it does not know how far there is to go. Near the
+        teacher the loss is a quadratic, so that distance is its root, and so is the noise of a
+        gradient.
 
         Args:
             loss: before training, in nats.
@@ -236,9 +236,10 @@ class Tuning(nn.Module):
         distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
         maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
         scales += [] if self.shift is None else [self.shift]
-        rate = MAP_LEARNING_RATE * distance
-        groups = [{"params": [matrix], "peak": rate / self._size} for matrix in maps]
-        return [*groups, {"params": scales, "peak": SCALE_LEARNING_RATE * distance}]
+        return [
+            {"params": maps, "peak": MAP_LEARNING_RATE * distance, "is_orthogonal": True},
+            {"params": scales, "peak": SCALE_LEARNING_RATE * distance},
+        ]
 
 
 def num_maps(architecture: Architecture) -> int:

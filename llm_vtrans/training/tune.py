@@ -10,6 +10,7 @@ from torch import Tensor
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
 from llm_vtrans.training.loop import Objective, TrainingSettings, warm_up_and_decay
+from llm_vtrans.training.orthogonal import OrthogonalAdamW
 
 
 class TuneObjective(Objective):
@@ -45,11 +46,10 @@ class TuneObjective(Objective):
         sparsity = terms["loss"].new_full((), self.sparsity)
         return {**terms, "sparsity": sparsity, "target": sparsity}
 
-    def optimizer(self) -> torch.optim.AdamW:
+    def optimizer(self) -> OrthogonalAdamW:
         """Over all that is trained in the student."""
         tuned = self.tuning.parameter_groups(self.loss)
-        groups = [*tuned, *self.distillation.parameter_groups()]
-        return torch.optim.AdamW(groups, weight_decay=0.0)
+        return OrthogonalAdamW([*tuned, *self.distillation.parameter_groups()])
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Warms up, then decays linearly to zero."""
