@@ -2,8 +2,7 @@
 
 What a plan loses before it is tuned says too little. Tuning trains matrices where layers meet the
 stream, but only factors of heads and FFN units: it makes good more of what went with hidden
-dimensions. A few steps show it, if they are calm ones. At its full rate tuning first raises the
-loss, and by how much is noise.
+dimensions. A few steps show it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.tune import TuneObjective
 
 NUM_STEPS = 15
-CALM = 0.3  # of tuning's learning rates
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,9 @@ class Rehearsal:
         """
         objective = TuneObjective(distillation, hard, loss, 0.0, self.settings)
         objective.stage = objective.stage[:NUM_STEPS]
-        optimizer = objective.optimizer()
-        for group in optimizer.param_groups:
-            group["peak"] *= CALM
         with suppress(UserError):  # a loss that is no number: the network says so, too
             train(
-                objective, optimizer, self.examples, self.accelerator, self.settings,
+                objective, objective.optimizer(), self.examples, self.accelerator, self.settings,
                 objective.stage.start, _ignore, _ignore, self.preemption,
             )  # fmt: skip
         distillation.masked.set_gates(hard)

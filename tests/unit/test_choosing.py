@@ -85,11 +85,17 @@ def test_of_a_rehearsal_nothing_stays_but_the_choice(
     assert chooser.loss(before) == loss
 
 
+def set_rates(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """Of tuning."""
+    for name in ("MAP_LEARNING_RATE", "SCALE_LEARNING_RATE"):
+        monkeypatch.setattr(f"llm_vtrans.masking.tuning.{name}", rate)
+
+
 def test_heads_are_rehearsed_with_the_dimensions_that_a_plan_leaves_them(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of no length leave the network as it was measured."""
-    monkeypatch.setattr("llm_vtrans.training.rehearsal.CALM", 0.0)
+    set_rates(monkeypatch, 0.0)
     architecture, model = architecture_of("gpt2"), tiny_model("gpt2")
     batches = [{"input_ids": tokens(4)}]
     basis = balanced_basis(model, architecture, batches, lambda batch: model(**batch))
@@ -105,7 +111,7 @@ def test_heads_are_rehearsed_with_the_dimensions_that_a_plan_leaves_them(
 def test_a_rehearsal_that_fails_has_no_loss(
     case: tuple[Chooser, VIBMasks, Problem], rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_vtrans.training.rehearsal.CALM", float("inf"))
+    set_rates(monkeypatch, float("inf"))
     chooser, _, problem = case
     before = chooser.choose(problem)
     assert math.isnan(chooser.rehearsed(rehearsal, before))
