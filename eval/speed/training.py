@@ -31,6 +31,7 @@ from llm_vtrans.timing.latency import median_ms
 from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.distillation_loss import distillation_loss
 from llm_vtrans.training.loop import Objective, TrainingSettings
+from llm_vtrans.training.orthogonal import EVERY
 from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training.smaller import narrow
 from llm_vtrans.training.tune import TuneObjective
@@ -71,13 +72,14 @@ class Bench:
         self.tokens = torch.randint(source.config.vocab_size, shape, device=self.device)
         self.seconds: dict[str, list[float]] = {}
 
-    def timed(self, name: str, work: Callable[[], T]) -> T:
-        """Runs a piece and adds its seconds, device work included."""
+    def timed(self, name: str, work: Callable[[], T], times: int = 1) -> T:
+        """Runs a piece so many times and adds the mean of its seconds, device work included."""
         self._wait()
         start = time.perf_counter()
-        result = work()
+        for _ in range(times):
+            result = work()
         self._wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        self.seconds.setdefault(name, []).append((time.perf_counter() - start) / times)
         return result
 
     def _wait(self) -> None:
@@ -188,7 +190,7 @@ def step_times(
     for _ in range(rounds):
         bench.timed("bare", bench.bare)
         bench.timed("search step", bench.search_step)
-        bench.timed("tune step", bench.tune_step)
+        bench.timed("tune step", bench.tune_step, EVERY)  # not all cost the same
         if splits:
             bench.pieces()
     middle = {name: median(times) for name, times in bench.seconds.items()}

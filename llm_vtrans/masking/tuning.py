@@ -25,7 +25,7 @@ from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream, Su
 
 INPUT, OUTPUT, SHIFT = "in", "out", "shift"
 MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 12 bytes each,
-MAP_NUMBERS = 2**26  # or so many, 1 GiB: small models can afford a pair for every sub-layer
+MAP_NUMBERS = 2**26  # or so many, 0.75 GiB: small models can afford a pair for every sub-layer
 MAP_LEARNING_RATE = 1 / 64  # times the distance from the optimum; of a map's singular values, 1
 SCALE_LEARNING_RATE = 0.015  # times that distance
 

@@ -22,6 +22,8 @@ CPU_PROCESS_BYTES = int(0.42 * GIB)  # python, torch, transformers, datasets at 
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
 QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
+MAP_COPIES = 3  # a map, its gradient and the mean of these
+STEP_COPIES = 5  # of a single map, while it takes a step
 BYTES_4BIT = 0.5 + 1 / 16  # a float32 scale for each block of 64
 
 
@@ -181,15 +183,16 @@ def estimate_memory(
     largest = max(prod(spec.shape) for spec in architecture.tensors)
     gathered = largest_layer_bytes(architecture, work) if work.is_sliced else 0
     hidden = architecture.num_units[Axis.HIDDEN]
-    trained = max(2 * num_masks(architecture), num_maps(architecture) * hidden**2)
-    trained += architecture.num_parameters if work.trains_weights else 0
+    maps = (num_maps(architecture) * MAP_COPIES + STEP_COPIES) * hidden**2
+    trained = max(2 * num_masks(architecture) * ADAM_COPIES, maps)
+    trained += architecture.num_parameters * ADAM_COPIES if work.trains_weights else 0
     kept = work.tokens * (activation_bytes_per_token(architecture, work) + 3 * 4 * hidden)
     # Logits of student and teacher, and three intermediate results of their distance.
     chunk = min(CHUNK_LOGITS, work.tokens * vocab_size) * (2 * work.dtype_bytes + 3 * 4)
     # Perplexity of held-out windows: all logits of a batch and their logarithms in float32.
     widened = 4 if work.dtype_bytes == 4 else 4 + 4
     scored = work.tokens * vocab_size * (work.dtype_bytes + widened)
-    train = max(int(kept) + chunk + trained * 4 * ADAM_COPIES, scored)
+    train = max(int(kept) + chunk + 4 * trained, scored)
     result = kept_share * weight_bytes(architecture, replace(work, form="full"))
     # Files are mapped while they are read, and stay mapped where nothing is converted.
     read = 0 if work.dtype_bytes == work.stored_bytes else result / work.dtype_bytes

@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from shutil import copyfile, copytree
-from signal import SIGINT, SIGKILL, SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGTERM, Signals, default_int_handler, signal
 
 import pytest
 
@@ -251,8 +251,10 @@ class _SignalsAtItsEnd:
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
 def test_a_signal_while_an_object_is_finalised_is_not_lost(
-    number: Signals, capsys: pytest.CaptureFixture[str]
+    number: Signals, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    handler = signal(SIGINT, default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal(SIGINT, handler))
     with pytest.raises((Preempted, KeyboardInterrupt)) as ended, Preemption():
         _SignalsAtItsEnd(number)
         time.sleep(10)
