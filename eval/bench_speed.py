@@ -202,8 +202,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--pruned", type=Path, nargs="+", default=[], help="in place of smaller random checkpoints"
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="windows in a training step")
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="windows in a training step; prune's has 2,048 tokens",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="of training steps")
     parser.add_argument("--inference-rounds", type=int, default=3, help="processes per model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
