@@ -27,8 +27,8 @@ def test_no_gradient_moves_nothing() -> None:
 
 
 def optimizer_over(matrix: torch.nn.Parameter, vector: torch.nn.Parameter) -> OrthogonalAdamW:
-    groups = [{"params": [matrix], "lr": 0.01, "is_orthogonal": True}, {"params": [vector]}]
-    return OrthogonalAdamW([groups[0], {**groups[1], "lr": 0.1}])
+    orthogonal = {"params": [matrix], "lr": 0.01, "is_orthogonal": True}
+    return OrthogonalAdamW([orthogonal, {"params": [vector], "lr": 0.1}])
 
 
 def test_matrices_move_by_the_learning_rate() -> None:
