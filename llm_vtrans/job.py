@@ -42,7 +42,7 @@ from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
 from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
-from llm_vtrans.training.loop import Objective, Progress, train
+from llm_vtrans.training.loop import Objective, Progress, tokens_per_step, train
 from llm_vtrans.training.run_state import (
     STATE_FILE,
     STATE_FOLDER,
@@ -308,8 +308,9 @@ class Job(Prepared):
             if self._narrows():
                 narrow(self.masked, self.source, self.plan, self.args.gradient_checkpointing)
             self.tuning.settle(gates.get(KEPT_HIDDEN))
+            num_tokens = tokens_per_step(self.settings, self.accelerator, self.data.train)
             objective = TuneObjective(
-                self.distillation, gates, self.untuned, sparsity, self.settings
+                self.distillation, gates, self.untuned, num_tokens, sparsity, self.settings
             )
             self._train(objective, {**self.rotation_record(), **self._found()})
             self.masked.set_gates(gates)

@@ -53,6 +53,7 @@ class Ours:
         common = [
             *("--model", self.model, "--data", self.data, "--samples", str(self.samples)),
             *("--seq-len", str(self.seq_len), "--seed", str(case.seed), "--layout", layout),
+            *("--round-to", "1"),  # as all methods do, whatever a device prefers
             *ablation.options,
         ]
         deciding = [case.source.checkpoint.sha256, versions(), *common[2:], self.lever]

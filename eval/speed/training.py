@@ -65,7 +65,9 @@ class Bench:
         narrow(narrowed.masked, source, plan)
         gates = hard_gates(plan, self.device)
         narrowed.masked.tuning.settle(gates.get(KEPT_HIDDEN))
-        self.tune_objective = TuneObjective(narrowed, gates, 1.0, 0.0, settings)
+        self.tune_objective = TuneObjective(
+            narrowed, gates, 1.0, batch_size * seq_len, 0.0, settings
+        )
         self.optimizer = self.objective.optimizer()
         self.tune_optimizer = self.tune_objective.optimizer()
         shape = (batch_size, seq_len)

@@ -146,8 +146,8 @@ def train(
     loader = accelerator.prepare_data_loader(loader)
     done = first_step * settings.gradient_accumulation
     batches: Iterator[Batch] = iter(accelerator.skip_first_batches(loader, done))
-    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    meter = _Meter(settings.num_steps, batch * examples.num_tokens, first_step)
+    num_tokens = tokens_per_step(settings, accelerator, examples)
+    meter = _Meter(settings.num_steps, num_tokens, first_step)
     pace = SavePace(settings.save_every)
     for step in range(first_step, objective.stage.stop):
         objective.schedule(optimizer, step)
@@ -169,6 +169,14 @@ def train(
             pace.save(partial(save, num_done))
         if is_stopped:
             return
+
+
+def tokens_per_step(
+    settings: TrainingSettings, accelerator: Accelerator, examples: Examples
+) -> int:
+    """Of an optimizer step, over all ranks; padding included."""
+    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
+    return batch * examples.num_tokens
 
 
 def warm_up_and_decay(objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm_vtrans.errors import UserError
 from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training.distillation import Distillation
-from llm_vtrans.training.loop import TrainingSettings, train
+from llm_vtrans.training.loop import TrainingSettings, tokens_per_step, train
 from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.tune import TuneObjective
 
@@ -50,7 +50,8 @@ class Rehearsal:
             hard: gate values of a plan.
             loss: of the network that they make, in nats.
         """
-        objective = TuneObjective(distillation, hard, loss, 0.0, self.settings)
+        num_tokens = tokens_per_step(self.settings, self.accelerator, self.examples)
+        objective = TuneObjective(distillation, hard, loss, num_tokens, 0.0, self.settings)
         objective.stage = objective.stage[:NUM_STEPS]
         with suppress(UserError):  # a loss that is no number: the network says so, too
             train(

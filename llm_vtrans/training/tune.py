@@ -20,6 +20,7 @@ class TuneObjective(Objective):
         distillation: masked model and teacher.
         hard: gate values of the plan, as `set_gates` takes them.
         loss: of the network that they make, in nats, before anything is trained.
+        num_tokens: of an optimizer step, over all ranks.
         sparsity: of the plan, for the record.
         settings: of the loop.
     """
@@ -29,13 +30,14 @@ class TuneObjective(Objective):
         distillation: Distillation,
         hard: Mapping[str, Tensor],
         loss: float,
+        num_tokens: int,
         sparsity: float,
         settings: TrainingSettings,
     ):
         super().__init__()
         self.distillation, self.masked = distillation, distillation.masked
         self.tuning, self.hard = self.masked.tuning, hard
-        self.loss, self.sparsity = loss, sparsity
+        self.loss, self.num_tokens, self.sparsity = loss, num_tokens, sparsity
         self.tuning.requires_grad_(True)
         self.tuning.is_on = True
         self.stage = range(settings.search_steps, settings.num_steps)
@@ -48,7 +50,7 @@ class TuneObjective(Objective):
 
     def optimizer(self) -> OrthogonalAdamW:
         """Over all that is trained in the student."""
-        tuned = self.tuning.parameter_groups(self.loss)
+        tuned = self.tuning.parameter_groups(self.loss, self.num_tokens)
         return OrthogonalAdamW([*tuned, *self.distillation.parameter_groups()])
 
     def schedule(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -11,7 +11,7 @@ from llm_vtrans.families import Architecture, Axis, family_for
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.gating import map_read, map_written
-from llm_vtrans.masking.tuning import Tuning, num_maps
+from llm_vtrans.masking.tuning import MAP_LEARNING_RATE, Tuning, num_maps
 from llm_vtrans.tasks.encoding import Examples
 from llm_vtrans.training.distillation import SelfDistillation
 from llm_vtrans.training.loop import TrainingSettings, train
@@ -84,7 +84,7 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
     masked = MaskedModel(tiny_model(name), architecture, fresh(name))
     settings = TrainingSettings(0, 60, 8, 1, 0.1, 0.0, 0, 100, 100, True)
     hard = halved(architecture)
-    objective = TuneObjective(SelfDistillation(masked), hard, 0.1, 0.5, settings)
+    objective = TuneObjective(SelfDistillation(masked), hard, 0.1, 8 * 16, 0.5, settings)
     unseen = {"input_ids": tokens(520)[480:]}
 
     def loss() -> float:
@@ -112,10 +112,23 @@ def test_tuning_brings_the_pruned_network_nearer(name: str) -> None:
 def test_steps_are_as_long_as_the_way(loss: float, distance: float) -> None:
     """Rates follow the root of the loss, and stop growing at one nat."""
     tuning = fresh("llama")
-    rates = [group["peak"] for group in tuning.parameter_groups(loss)]
-    longest = [group["peak"] for group in tuning.parameter_groups(1.0)]
+    rates = [group["peak"] for group in tuning.parameter_groups(loss, 64)]
+    longest = [group["peak"] for group in tuning.parameter_groups(1.0, 64)]
     assert rates == pytest.approx([distance * rate for rate in longest])
     assert all(rate > 0 for rate in longest)
+
+
+def test_steps_of_maps_are_short_where_few_tokens_say_where_to() -> None:
+    """As the root of the tokens of a step at first; however many, they stay below a limit."""
+    tuning = fresh("llama")
+
+    def rates(num_tokens: int) -> list[float]:
+        return [group["peak"] for group in tuning.parameter_groups(1.0, num_tokens)]
+
+    maps, factors = zip(rates(1), rates(4), rates(10**6), rates(10**9), strict=True)
+    assert maps[1] == pytest.approx(2 * maps[0], rel=0.02)
+    assert maps[3] == pytest.approx(maps[2], rel=0.001) and maps[2] < MAP_LEARNING_RATE
+    assert len(set(factors)) == 1
 
 
 @pytest.mark.parametrize(
@@ -190,7 +203,7 @@ def test_what_went_is_let_go_and_nothing_changes(name: str) -> None:
         masked.set_gates({**gates, KEPT_HIDDEN: kept})
         logits = masked(tokens(2))
         logits.square().sum().backward()
-        rates = [group["peak"] for group in tuning.parameter_groups(0.3)]
+        rates = [group["peak"] for group in tuning.parameter_groups(0.3, 64)]
         basis = tuning.basis(None)
         assert basis is not None
         directions = [
