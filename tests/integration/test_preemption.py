@@ -32,7 +32,9 @@ def wait_for_line(process: Popen[str]) -> None:
     assert any(line.startswith("step") for line in process.stdout), process.stderr.read()
 
 
-def test_signal_saves_and_tells(uninterrupted: Path, work: Path) -> None:
+def test_signal_saves_and_tells(
+    uninterrupted: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both signals in turn; what the first saved is not lost when the second comes early."""
     process = start(long_run(work))
     wait_for_step(process, work, 3)
@@ -51,7 +53,8 @@ def test_signal_saves_and_tells(uninterrupted: Path, work: Path) -> None:
     assert process.returncode == PREEMPTED, errors
     assert first < saved_step(work) < test_resume.NUM_STEPS
 
-    assert "resumed after step" in finish(long_run(work, "--resume"))
+    prune(long_run(work, "--resume"))
+    assert "resumed after step" in capsys.readouterr().out
     assert hashes(work) == hashes(uninterrupted)
     assert metrics(work) == metrics(uninterrupted)
 
@@ -107,7 +110,7 @@ def test_nobody_outlives_a_killed_launcher(uninterrupted: Path, work: Path, laun
     while not _has_ended(child):
         time.sleep(0.01)
     assert 3 <= saved_step(work) < test_resume.NUM_STEPS
-    finish(long_run(work, "--resume"))
+    prune(long_run(work, "--resume"))
     assert hashes(work) == hashes(uninterrupted)
 
 
