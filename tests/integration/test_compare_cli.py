@@ -89,6 +89,7 @@ def test_ours_is_the_product(inputs: Path) -> None:
     found = {row["sparsity"]: row["figures"]["num_params"]["mean"] for row in rows}
     assert found[0.5] == manifest["params"]["after"]
     assert 0.6 * found[0.0] < found[0.3] <= 0.7 * found[0.0]
+    assert manifest["settings"]["round_to"] == "1"  # as all methods do, on every device
 
 
 @pytest.mark.slow
