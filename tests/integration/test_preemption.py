@@ -53,7 +53,7 @@ def test_signal_saves_and_tells(
     assert process.returncode == PREEMPTED, errors
     assert first < saved_step(work) < test_resume.NUM_STEPS
 
-    prune(long_run(work, "--resume"))
+    assert run_command(prune, long_run(work, "--resume")) == 0
     assert "resumed after step" in capsys.readouterr().out
     assert hashes(work) == hashes(uninterrupted)
     assert metrics(work) == metrics(uninterrupted)
@@ -110,7 +110,7 @@ def test_nobody_outlives_a_killed_launcher(uninterrupted: Path, work: Path, laun
     while not _has_ended(child):
         time.sleep(0.01)
     assert 3 <= saved_step(work) < test_resume.NUM_STEPS
-    prune(long_run(work, "--resume"))
+    assert run_command(prune, long_run(work, "--resume")) == 0
     assert hashes(work) == hashes(uninterrupted)
 
 
