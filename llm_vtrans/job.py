@@ -39,7 +39,7 @@ from llm_vtrans.record.masks_file import plan_tensors, saved_plan
 from llm_vtrans.record.recording import result_line
 from llm_vtrans.scoring.measuring import Measurements
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
-from llm_vtrans.timing.latency_cost import AIM, choose_in_time, corrected
+from llm_vtrans.timing.latency_cost import choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, tokens_per_step, train
@@ -258,10 +258,9 @@ class Job(Prepared):
                 self.plan = choose(self.problem)
             else:
                 self.plan, self.problem = choose_in_time(
-                    self.problem, partial(allocate, self.masks), choose, self._nanoseconds
-                )
-                if (used := self.problem.used(self.plan.shape)) > 1 / AIM:
-                    self.reporter.say(f"the network found takes {used:.2f} of the budget")
+                    self.problem, partial(allocate, self.masks), choose,
+                    chooser.refit, self._nanoseconds, self.reporter.say,
+                )  # fmt: skip
             self.untuned = chooser.loss(self.plan)
             measure(self.plan, "hardened")
             self.masked.set_gates(None)

@@ -28,6 +28,7 @@ HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
 HEADS_RATIOS = (0.85, 1.15)
 NUM_TRIED = 16  # hidden sizes at which a plan that uses the budget is looked for
 BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meets the budget alone
+SLACK = 0.01  # of a budget may stay unused rather than that a plan becomes another one
 WHOLE, TRAINED = 0.0, 1.0  # strengths of gates: units as they are, and as masks have them
 STRENGTH_STEPS = (-0.25, 0.25)
 
@@ -55,6 +56,7 @@ class Candidates:
         if oblique is not None and Axis.HIDDEN in self._scores:
             self._maps = lru_cache(4)(oblique.maps)
         self.first = self._allocator.plan()
+        self._full = min(problem.used(self.first.shape), 1 - TOLERANCE)
         self._mu = self.first.gate
         if oblique is not None and oblique.is_needed:
             self.first = self._in_basis(self.first)
@@ -123,6 +125,20 @@ class Candidates:
         found = self._nearest(ratio * size, plan.present, sizes=further)
         yield from self._gated(found, plan.strength)
 
+    def refitted(self, plan: PrunePlan) -> PrunePlan:
+        """This plan for this budget: more FFN units or fewer, and if need be hidden dimensions.
+
+        It keeps its layers, its strength and in the stock layout its number of heads.
+
+        Args:
+            plan: for another budget, or another cost.
+        """
+        shape, number = plan.shape, None
+        if self._problem.is_uniform and Axis.HEADS in self._scores:
+            number = max(shape.heads)
+        found = self._nearest(shape.hidden, plan.present, number, least=1 - SLACK)
+        return next(self._gated(found, plan.strength), plan)
+
     def stronger(self, plan: PrunePlan, by: float) -> Iterator[PrunePlan]:
         """The same units with stronger gates, or weaker ones for less than zero."""
         if plan.strength + by >= WHOLE:
@@ -143,8 +159,10 @@ class Candidates:
         kept: Tensor,
         num_heads: int | None = None,
         sizes: list[int] | None = None,
+        least: float | None = None,
     ) -> Iterator[PrunePlan]:
         """The plan that uses the budget whose hidden size is closest to that wanted, if any."""
+        least = self._full if least is None else least
         allowed = self._sizes if sizes is None else sizes
         for size in sorted(allowed, key=lambda size: abs(size - wanted))[:NUM_TRIED]:
             fixed = {Axis.HIDDEN: size}
@@ -152,7 +170,7 @@ class Candidates:
                 fixed[Axis.HEADS] = num_heads
             with suppress(UserError):  # these sizes may not fit the budget
                 plan = self._allocator.plan(kept, fixed)
-                if self._is_full(plan):
+                if self._problem.used(plan.shape) >= least:
                     yield self._in_basis(plan)
                     return
 
@@ -160,16 +178,12 @@ class Candidates:
         """Only hidden dimensions go, apart from layers; or a few units, too."""
         with suppress(UserError):  # not with hidden dimensions alone
             alone = self._hidden_alone.plan(kept)
-            if self._is_full(alone):
+            if self._problem.used(alone.shape) >= self._full:
                 yield alone
             for size in [size for size in self._sizes if size > alone.shape.hidden][:NUM_TRIED]:
                 with suppress(UserError):  # heads may have to divide it
                     yield self._allocator.plan(kept, {Axis.HIDDEN: size})
                     return
-
-    def _is_full(self, plan: PrunePlan) -> bool:
-        used = self._problem.used
-        return used(plan.shape) >= min(used(self.first.shape), 1 - TOLERANCE)
 
     def _in_basis(self, plan: PrunePlan) -> PrunePlan:
         if self._maps is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.basis.head_basis import HeadBasis
 from llm_vtrans.basis.oblique import AnyBasis
@@ -60,16 +61,22 @@ class Chooser:
         plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
         return replace(plan, basis=self._head_basis)
 
+    def refit(self, plan: PrunePlan, problem: Problem) -> PrunePlan:
+        """A plan for other costs, as like it as may be (`Candidates.refitted`).
+
+        Raises:
+            UserError: even the smallest allowed model exceeds the budget.
+        """
+        plan = Candidates(self._masks, problem, self._oblique).refitted(plan)
+        return replace(plan, basis=self._head_basis)
+
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:
         """What a plan loses after the first steps of tuning, in nats."""
         plan = replace(plan, basis=self._head_basis)
         self._start(plan)
         rehearsal.tune(self._distillation, self._gates(plan), self.measured())
-        loss, shape = self.measured(), plan.shape
-        rehearsal.say(
-            f"rehearsed: hidden {shape.hidden}, heads {max(shape.heads)}, FFN {max(shape.ffn)} "
-            f"in {int(plan.present.any(1).sum())} layers  {loss:.4f} nats"
-        )
+        loss = self.measured()
+        rehearsal.say(f"rehearsed: {plan.shape}  {loss:.4f} nats")
         return loss
 
     def fitted(self, plan: PrunePlan, batches: Sequence[Batch]) -> float:

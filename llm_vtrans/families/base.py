@@ -248,6 +248,10 @@ class Shape:
     ffn: tuple[int, ...]
     head_dim: int | None = None
 
+    def __str__(self) -> str:
+        heads, ffn = max(self.heads, default=0), max(self.ffn, default=0)
+        return f"hidden {self.hidden}, heads {heads}, FFN {ffn} in {len(self.kept_layers)} layers"
+
     def units(self, sublayer: Sublayer) -> tuple[int, ...]:
         """Kept units per layer of one kind of sub-layer."""
         return self.heads if sublayer is Sublayer.ATTENTION else self.ffn

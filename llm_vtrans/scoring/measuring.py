@@ -63,8 +63,7 @@ class Measurements:
             f"{batch['input_ids'].numel()} tokens", name, forward_ms(model, inputs_of(batch))
         )
         if self._stopwatch is not None:
-            timed = self._stopwatch.timed
-            self._keep(str(timed), name, timed.milliseconds(model))
+            self._keep(str(self._stopwatch.timed), name, self._stopwatch.milliseconds(model))
 
     def compared_latency(self) -> dict[str, dict[str, float]]:
         """The times that were taken of the dense and of the written model."""

@@ -10,6 +10,7 @@ what was found, until that shape keeps the budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -25,8 +26,8 @@ from llm_vtrans.families.base import Architecture, Axis, Shape, Sublayer
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the hidden size: where the table is measured
 DEPTH = 3  # layers of the networks in it
 LEAST = 1e-3  # ns that a unit takes at least: timing noise must not make it a gain
-AIM = 0.975  # of the time allowed: between this and that is where noise of timing lies
-ROUNDS = 4  # of choosing, timing and correcting
+AIM, NEAR = 0.985, 0.015  # of the time allowed, and as much beside it is what was aimed at
+CHOICES, FITS = 2, 6  # rounds of timing and correcting, where all is chosen and where little is
 
 Measure = Callable[[Shape], float]  # nanoseconds of a network
 
@@ -158,32 +159,41 @@ def choose_in_time(
     problem: Problem,
     guess: Callable[[Problem], PrunePlan],
     choose: Callable[[Problem], PrunePlan],
+    refit: Callable[[PrunePlan, Problem], PrunePlan],
     measure: Measure,
+    say: Callable[[str], None],
 ) -> tuple[PrunePlan, Problem]:
     """A plan whose network, timed, keeps the budget; and the problem with the table that says so.
+
+    A corrected table may lead to another shape, for which it is wrong again. So after a few rounds
+    only what can be chosen most finely follows the table.
 
     Args:
         problem: with a limit of time among its limits.
         guess: a good plan of a problem, at little cost: the table is corrected by it first.
         choose: the best plan of a problem.
+        refit: a plan for another table, as like it as may be.
         measure: times a network of a shape.
+        say: tells the user what was found.
 
     Raises:
         UserError: even the smallest allowed model exceeds a budget.
     """
     problem = corrected(problem, guess(problem).shape, measure)
+    plan = choose(problem)
     plans: list[tuple[float, PrunePlan, Problem]] = []
-    for _ in range(ROUNDS):
-        try:
-            plan = choose(problem)
-        except UserError:
-            if not plans:
-                raise
-            break
+    for choices in range(1, CHOICES + FITS + 1):
         problem = corrected(problem, plan.shape, measure)
         used = problem.used(plan.shape)
-        if AIM < used < 1 / AIM:
-            return plan, problem
+        say(f"timed: {plan.shape}  {used:.3f} of the budget")
         plans.append((abs(used - 1), plan, problem))
+        if abs(used - 1) < NEAR:
+            break
+        found = None
+        with suppress(UserError):  # the corrected table may leave too little
+            found = choose(problem) if choices < CHOICES else refit(plan, problem)
+        if found is None or found.shape == plan.shape:
+            break
+        plan = found
     _, plan, problem = min(plans, key=lambda entry: entry[0])
     return plan, problem

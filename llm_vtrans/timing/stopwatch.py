@@ -1,12 +1,19 @@
-"""Times networks of a shape on the run's device."""
+"""Times networks on the run's device, beside one of the dense model's shape.
+
+A machine is not always equally fast, and a budget of time is kept or not by a few hundredths. So
+passes alternate with those of a dense network, which take what they took when they were first
+timed: a time is a share of that.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from llm_vtrans.budget.cost import dense_shape
 from llm_vtrans.distributed.ranks import agreed
@@ -17,7 +24,7 @@ from llm_vtrans.timing.latency import Pass
 from llm_vtrans.timing.latency_cost import LatencyCost, Times, latency_cost
 from llm_vtrans.timing.remembered import remembered
 
-REPEATS = 2  # the faster one counts: what else runs on a machine only slows it
+TABLE_NOISE, NOISE = 0.02, 0.004  # shares; the table is corrected by what a network takes
 
 
 @dataclass(frozen=True)
@@ -39,29 +46,59 @@ class Stopwatch:
     device: torch.device
 
     def nanoseconds(self, shape: Shape, is_uniform: bool) -> float:
-        """What a network of this shape takes; rank zero measures for all.
+        """What a network of this shape takes, beside the dense network; rank zero measures for all.
 
         Args:
             shape: kept units.
             is_uniform: stock layout, else per-layer.
         """
-        found = self._measure(shape, is_uniform) if PartialState().is_main_process else 0.0
-        return agreed(found)
+        found = 0.0
+        if PartialState().is_main_process:
+            found = self.milliseconds(self._network(shape, is_uniform))
+        return 1e6 * agreed(found)
+
+    def milliseconds(self, model: PreTrainedModel) -> float:
+        """What a network at hand takes, beside the dense network; for rank zero, after `table`.
+
+        Args:
+            model: in evaluation mode, on the device.
+        """
+        return self._dense_ms * self.timed.relative(model, self._dense(), NOISE)
 
     def table(self, sizes: list[int]) -> LatencyCost:
         """The table at these hidden sizes, measured once for a device, dtype and model shape."""
-        what = [self._config(dense_shape(self.architecture), False), str(self.timed), sizes]
+        unit = self._dense_ms
+
+        def measure(shape: Shape) -> float:
+            network = self._network(shape, False)
+            return 1e6 * unit * self.timed.relative(network, self._dense(), TABLE_NOISE)
+
         kept = remembered(
-            "latency", what, self.device, self.dtype,
-            lambda: asdict(latency_cost(self.architecture, sizes, self._measure)),
+            "latency", [*self._what, sizes], self.device, self.dtype,
+            lambda: asdict(latency_cost(self.architecture, sizes, measure)),
         )  # fmt: skip
         times = (Times(t["outside"], tuple(t["bases"]), tuple(t["units"])) for t in kept["times"])
         return LatencyCost(tuple(kept["sizes"]), tuple(times), kept["head_dim"], kept["factor"])
 
-    def _measure(self, shape: Shape, is_uniform: bool = False) -> float:
+    @cached_property
+    def _dense_ms(self) -> float:
+        """Of a pass of the dense network, timed once, by all ranks; kept as the table is."""
+        return remembered(
+            "dense", self._what, self.device, self.dtype,
+            lambda: self.timed.settled_ms(self._dense(), NOISE),
+        )  # fmt: skip
+
+    @property
+    def _what(self) -> list[object]:
+        """Decides, with device and dtype, what is measured."""
+        return [self._config(dense_shape(self.architecture), False), str(self.timed)]
+
+    def _dense(self) -> PreTrainedModel:
+        return self._network(dense_shape(self.architecture), False)
+
+    def _network(self, shape: Shape, is_uniform: bool) -> PreTrainedModel:
         config = self._config(shape, is_uniform)
-        network = random_network(self.source, config, self.dtype, self.device)
-        return 1e6 * min(self.timed.milliseconds(network) for _ in range(REPEATS))
+        return random_network(self.source, config, self.dtype, self.device)
 
     def _config(self, shape: Shape, is_uniform: bool) -> dict[str, Any]:
         source = self.source
