@@ -67,16 +67,18 @@ class Stopwatch:
 
     def table(self, sizes: list[int]) -> LatencyCost:
         """The table at these hidden sizes, measured once for a device, dtype and model shape."""
-        unit = self._dense_ms
+        unit = 1e6 * self._dense_ms
 
-        def measure(shape: Shape) -> float:
-            network = self._network(shape, False)
-            return 1e6 * unit * self.timed.relative(network, self._dense(), TABLE_NOISE)
+        def table() -> dict[str, Any]:
+            timed, dense = self.timed, self._dense()
+            return asdict(
+                latency_cost(
+                    self.architecture, sizes,
+                    lambda s: unit * timed.relative(self._network(s, False), dense, TABLE_NOISE),
+                )
+            )  # fmt: skip
 
-        kept = remembered(
-            "latency", [*self._what, sizes], self.device, self.dtype,
-            lambda: asdict(latency_cost(self.architecture, sizes, measure)),
-        )  # fmt: skip
+        kept = remembered("latency", [*self._what, sizes], self.device, self.dtype, table)
         times = (Times(t["outside"], tuple(t["bases"]), tuple(t["units"])) for t in kept["times"])
         return LatencyCost(tuple(kept["sizes"]), tuple(times), kept["head_dim"], kept["factor"])
 
