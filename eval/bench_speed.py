@@ -65,8 +65,8 @@ def step(args: argparse.Namespace, _: Path) -> dict[str, float]:
     rows += [(n, f"{1e3 * s:.1f}", f"{100 * s / whole:.1f}%") for n, s in times.seconds.items()]
     print(table(rows))
     found = {
-        "search step / bare": times.ratio("search step"),
-        "tune step / bare": times.ratio("tune step"),
+        "search step / bare": times.ratios["search step"],
+        "tune step / bare": times.ratios["tune step"],
         "tokens per second of search": times.num_tokens / whole,
         "TFLOP/s of a large product": times.peak / 1e12,
         "share of it in a search step": times.utilisation,

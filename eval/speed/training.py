@@ -155,6 +155,7 @@ class StepTimes:
         num_params: of the model.
         num_tokens: in a step.
         seconds: by piece.
+        ratios: of each to the bare pass of its round.
         utilisation: operations of a search step per second, as a share of the device's peak.
         peak: operations per second of a large matrix product.
     """
@@ -162,12 +163,9 @@ class StepTimes:
     num_params: int
     num_tokens: int
     seconds: dict[str, float]
+    ratios: dict[str, float]
     utilisation: float
     peak: float
-
-    def ratio(self, name: str) -> float:
-        """A step against the bare pass."""
-        return self.seconds[name] / self.seconds["bare"]
 
 
 def step_times(
@@ -196,8 +194,13 @@ def step_times(
         if splits:
             bench.pieces()
     middle = {name: median(times) for name, times in bench.seconds.items()}
+    bare = bench.seconds["bare"]
+    ratios = {
+        name: median(time / one for time, one in zip(times, bare, strict=True))
+        for name, times in bench.seconds.items()
+    }
     rate = bench.operations / middle["search step"]
-    return StepTimes(bench.num_params, batch_size * seq_len, middle, rate / peak, peak)
+    return StepTimes(bench.num_params, batch_size * seq_len, middle, ratios, rate / peak, peak)
 
 
 def peak_operations(device: torch.device, dtype: torch.dtype) -> float:

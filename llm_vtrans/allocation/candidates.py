@@ -125,19 +125,23 @@ class Candidates:
         found = self._nearest(ratio * size, plan.present, sizes=further)
         yield from self._gated(found, plan.strength)
 
-    def refitted(self, plan: PrunePlan) -> PrunePlan:
-        """This plan for this budget: more FFN units or fewer, and if need be hidden dimensions.
+    def refitted(self, plan: PrunePlan, hidden: float) -> PrunePlan:
+        """This plan for this budget and another hidden size: FFN units make up for both.
 
         It keeps its layers, its strength and in the stock layout its number of heads.
 
         Args:
             plan: for another budget, or another cost.
+            hidden: size that is wanted; one near it where that uses the budget better.
         """
-        shape, number = plan.shape, None
+        number = None
         if self._problem.is_uniform and Axis.HEADS in self._scores:
-            number = max(shape.heads)
-        found = self._nearest(shape.hidden, plan.present, number, least=1 - SLACK)
-        return next(self._gated(found, plan.strength), plan)
+            number = max(plan.shape.heads)
+        for least in (1 - SLACK, 0.0):
+            found = self._nearest(hidden, plan.present, number, least=least)
+            for fitted in self._gated(found, plan.strength):
+                return fitted
+        return plan
 
     def stronger(self, plan: PrunePlan, by: float) -> Iterator[PrunePlan]:
         """The same units with stronger gates, or weaker ones for less than zero."""

@@ -61,13 +61,13 @@ class Chooser:
         plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
         return replace(plan, basis=self._head_basis)
 
-    def refit(self, plan: PrunePlan, problem: Problem) -> PrunePlan:
-        """A plan for other costs, as like it as may be (`Candidates.refitted`).
+    def refit(self, plan: PrunePlan, problem: Problem, hidden: float) -> PrunePlan:
+        """A plan for other costs, as like it as may be: `Candidates.refitted`.
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        plan = Candidates(self._masks, problem, self._oblique).refitted(plan)
+        plan = Candidates(self._masks, problem, self._oblique).refitted(plan, hidden)
         return replace(plan, basis=self._head_basis)
 
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:

@@ -159,20 +159,20 @@ def choose_in_time(
     problem: Problem,
     guess: Callable[[Problem], PrunePlan],
     choose: Callable[[Problem], PrunePlan],
-    refit: Callable[[PrunePlan, Problem], PrunePlan],
+    refit: Callable[[PrunePlan, Problem, float], PrunePlan],
     measure: Measure,
     say: Callable[[str], None],
 ) -> tuple[PrunePlan, Problem]:
     """A plan whose network, timed, keeps the budget; and the problem with the table that says so.
 
     A corrected table may lead to another shape, for which it is wrong again. So after a few rounds
-    only what can be chosen most finely follows the table.
+    a plan only follows the table, and its hidden size the times that were found.
 
     Args:
         problem: with a limit of time among its limits.
         guess: a good plan of a problem, at little cost: the table is corrected by it first.
         choose: the best plan of a problem.
-        refit: a plan for another table, as like it as may be.
+        refit: a plan for another table and of about another hidden size, as like it as may be.
         measure: times a network of a shape.
         say: tells the user what was found.
 
@@ -181,19 +181,44 @@ def choose_in_time(
     """
     problem = corrected(problem, guess(problem).shape, measure)
     plan = choose(problem)
-    plans: list[tuple[float, PrunePlan, Problem]] = []
+    timed: list[tuple[float, PrunePlan, Problem]] = []
     for choices in range(1, CHOICES + FITS + 1):
         problem = corrected(problem, plan.shape, measure)
         used = problem.used(plan.shape)
         say(f"timed: {plan.shape}  {used:.3f} of the budget")
-        plans.append((abs(used - 1), plan, problem))
+        timed.append((used, plan, problem))
         if abs(used - 1) < NEAR:
             break
         found = None
         with suppress(UserError):  # the corrected table may leave too little
-            found = choose(problem) if choices < CHOICES else refit(plan, problem)
-        if found is None or found.shape == plan.shape:
+            if choices < CHOICES:
+                found = choose(problem)
+            else:
+                found = refit(plan, problem, _wanted([(u, p.shape) for u, p, _ in timed]))
+        if found is None:
             break
         plan = found
-    _, plan, problem = min(plans, key=lambda entry: entry[0])
+    _, plan, problem = min(timed, key=lambda entry: abs(entry[0] - 1))
     return plan, problem
+
+
+def _wanted(timed: list[tuple[float, Shape]]) -> float:
+    """The hidden size at which the budget will be used up, as far as can be told.
+
+    Args:
+        timed: shares of the budget that were used, and the shapes that used them; the last one is
+            to be improved.
+    """
+    used, last = timed[-1]
+    sizes = [
+        (share, shape.hidden)
+        for share, shape in timed
+        if shape.kept_layers == last.kept_layers and max(shape.heads) == max(last.heads)
+    ]
+    below = max((entry for entry in sizes if entry[0] <= 1), default=None)
+    above = min((entry for entry in sizes if entry[0] > 1), default=None)
+    if below is not None and above is not None:
+        way = (1 - below[0]) / (above[0] - below[0])
+        return below[1] + way * (above[1] - below[1])
+    is_stuck = [size for _, size in sizes[-2:]] == [last.hidden] * 2  # FFN units did not help
+    return last.hidden / used if is_stuck else last.hidden
