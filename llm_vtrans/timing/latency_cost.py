@@ -10,7 +10,6 @@ what was found, until that shape keeps the budget.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -182,22 +181,20 @@ def choose_in_time(
     problem = corrected(problem, guess(problem).shape, measure)
     plan = choose(problem)
     timed: list[tuple[float, PrunePlan, Problem]] = []
-    for choices in range(1, CHOICES + FITS + 1):
+    while True:
         problem = corrected(problem, plan.shape, measure)
         used = problem.used(plan.shape)
         say(f"timed: {plan.shape}  {used:.3f} of the budget")
         timed.append((used, plan, problem))
-        if abs(used - 1) < NEAR:
+        if abs(used - 1) < NEAR or len(timed) == CHOICES + FITS:
             break
-        found = None
-        with suppress(UserError):  # the corrected table may leave too little
-            if choices < CHOICES:
-                found = choose(problem)
+        try:
+            if len(timed) < CHOICES:
+                plan = choose(problem)
             else:
-                found = refit(plan, problem, _wanted([(u, p.shape) for u, p, _ in timed]))
-        if found is None:
+                plan = refit(plan, problem, _wanted([(u, p.shape) for u, p, _ in timed]))
+        except UserError:  # the corrected table may leave too little
             break
-        plan = found
     _, plan, problem = min(timed, key=lambda entry: abs(entry[0] - 1))
     return plan, problem
 
