@@ -210,7 +210,7 @@ def run(arguments: list[str]) -> None:
         help="windows in a training step; prune's has 2,048 tokens",
     )
     parser.add_argument("--rounds", type=int, default=7, help="of training steps")
-    parser.add_argument("--inference-rounds", type=int, default=3, help="processes per model")
+    parser.add_argument("--inference-rounds", type=int, default=1, help="processes per model")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     args = parser.parse_args(arguments)

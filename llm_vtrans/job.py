@@ -39,7 +39,7 @@ from llm_vtrans.record.masks_file import plan_tensors, saved_plan
 from llm_vtrans.record.recording import result_line
 from llm_vtrans.scoring.measuring import Measurements
 from llm_vtrans.tasks.encoding import Batch, Examples, inputs_of
-from llm_vtrans.timing.latency_cost import choose_in_time, corrected
+from llm_vtrans.timing.timed_choice import choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, tokens_per_step, train

@@ -9,6 +9,7 @@ is to be made good, with fewer of them more: so how strong the gates are is look
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ from llm_vtrans.allocation.allocate import Allocator, PrunePlan, scores_and_gate
 from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError
-from llm_vtrans.families.base import Axis, Place
+from llm_vtrans.families.base import Axis, Place, Shape
 from llm_vtrans.masking.masks import VIBMasks
 
 HIDDEN_RATIOS = (0.92, 1.08)  # of the sizes of largest benefit
@@ -125,23 +126,40 @@ class Candidates:
         found = self._nearest(ratio * size, plan.present, sizes=further)
         yield from self._gated(found, plan.strength)
 
-    def refitted(self, plan: PrunePlan, hidden: float) -> PrunePlan:
-        """This plan for this budget and another hidden size: FFN units make up for both.
+    def refitted(self, plan: PrunePlan, hidden: float, heads: float) -> PrunePlan:
+        """This plan for this budget and other sizes: FFN units make up for them.
 
-        It keeps its layers, its strength and in the stock layout its number of heads.
+        Where they cannot, the hidden size does, too, and at last, in the stock layout, the number
+        of heads. Layers and strength stay.
 
         Args:
             plan: for another budget, or another cost.
             hidden: size that is wanted; one near it where that uses the budget better.
+            heads: number that is wanted in every layer, in the stock layout.
         """
-        number = None
+        numbers: list[int | None] = [None]
         if self._problem.is_uniform and Axis.HEADS in self._scores:
-            number = max(plan.shape.heads)
-        for least in (1 - SLACK, 0.0):
-            found = self._nearest(hidden, plan.present, number, least=least)
-            for fitted in self._gated(found, plan.strength):
-                return fitted
-        return plan
+            allowed = self._problem.counts(Axis.HEADS, True)
+            numbers = [*sorted(allowed, key=lambda number: abs(number - heads))]
+
+        def plans() -> Iterator[PrunePlan]:
+            yield from self._nearest(hidden, plan.present, numbers[0], least=1 - SLACK)
+            for number in numbers:
+                filling = self._filling(plan.shape, number)
+                yield from self._nearest(filling, plan.present, number, least=1 - SLACK)
+            filling = self._filling(plan.shape, numbers[0])
+            yield from self._nearest(filling, plan.present, numbers[0], least=0.0)
+
+        return next(self._gated(plans(), plan.strength), plan)
+
+    def _filling(self, shape: Shape, number: int | None) -> int:
+        """The largest hidden size at which a shape of so many heads keeps the budget."""
+        heads = shape.heads if number is None else tuple(number * (n > 0) for n in shape.heads)
+
+        def used(size: int) -> float:
+            return self._problem.used(replace(shape, hidden=size, heads=heads))
+
+        return self._sizes[max(0, bisect_right(self._sizes, 1.0, key=used) - 1)]
 
     def stronger(self, plan: PrunePlan, by: float) -> Iterator[PrunePlan]:
         """The same units with stronger gates, or weaker ones for less than zero."""

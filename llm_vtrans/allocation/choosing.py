@@ -61,13 +61,13 @@ class Chooser:
         plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
         return replace(plan, basis=self._head_basis)
 
-    def refit(self, plan: PrunePlan, problem: Problem, hidden: float) -> PrunePlan:
+    def refit(self, plan: PrunePlan, problem: Problem, hidden: float, heads: float) -> PrunePlan:
         """A plan for other costs, as like it as may be: `Candidates.refitted`.
 
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        plan = Candidates(self._masks, problem, self._oblique).refitted(plan, hidden)
+        plan = Candidates(self._masks, problem, self._oblique).refitted(plan, hidden, heads)
         return replace(plan, basis=self._head_basis)
 
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:

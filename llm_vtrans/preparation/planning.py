@@ -20,9 +20,10 @@ from llm_vtrans.loading.source import Source, load_tokenizer
 from llm_vtrans.tasks import Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.timing.latency import Pass
-from llm_vtrans.timing.latency_cost import AIM, table_sizes
+from llm_vtrans.timing.latency_cost import table_sizes
 from llm_vtrans.timing.rounding import best_multiple
 from llm_vtrans.timing.stopwatch import Stopwatch
+from llm_vtrans.timing.timed_choice import AIM
 from llm_vtrans.training.loop import TrainingSettings
 
 MAX_SEQ_LEN = 512

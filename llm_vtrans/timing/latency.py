@@ -60,19 +60,11 @@ class Pass:
             return f"decode:{self.batch_size} at token {self.seq_len}"
         return f"prefill:{self.batch_size}x{self.seq_len}"
 
-    def milliseconds(self, model: Any) -> float:
-        """Median over some passes after one to warm up.
+    def milliseconds(self, model: Any, noise: float) -> float:
+        """What a network's pass takes, over as long a time as `settled` needs.
 
         Args:
             model: of the library, in evaluation mode, on one device.
-        """
-        return median_ms(self.work(model), model.device.type == "cuda")
-
-    def settled_ms(self, model: Any, noise: float) -> float:
-        """As `milliseconds`, over as long a time as `settled` takes.
-
-        Args:
-            model: as `milliseconds` takes it.
             noise: as `settled` takes it.
         """
         work = self.work(model)

@@ -87,7 +87,7 @@ class Stopwatch:
         """Of a pass of the dense network, timed once, by all ranks; kept as the table is."""
         return remembered(
             "dense", self._what, self.device, self.dtype,
-            lambda: self.timed.settled_ms(self._dense(), NOISE),
+            lambda: self.timed.milliseconds(self._dense(), NOISE),
         )  # fmt: skip
 
     @property

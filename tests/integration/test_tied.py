@@ -15,7 +15,9 @@ from tests.runs import flags, write_inputs
 from tests.tiny import VOCAB_SIZE
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", pytest.param("gemma", marks=pytest.mark.slow), "gpt2"]
+)
 def test_it_is_rotated_and_stays_tied(tmp_path: Path, name: str) -> None:
     given = [*flags(write_inputs(tmp_path, name=name), samples=32), "--quiet"]
     run, other, plain = (tmp_path / folder for folder in ("out", "other", "plain"))

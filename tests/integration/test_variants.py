@@ -1,7 +1,7 @@
 """The variants that train weights, end to end on tiny models of two kinds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,14 @@ def test_weights_are_trained_and_exported(inputs: Inputs, variant: str, layout: 
     assert all({"distillation", "hidden"} <= line for line in terms)
 
 
-@pytest.mark.parametrize("stop", [2, 6])  # of four steps of either stage
+def stops(*quick: tuple[str, int], slow: Sequence[tuple[str, int]]) -> pytest.MarkDecorator:
+    """Parameters: a kind of inputs, and after which step of the training it is stopped."""
+    cases = [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+    return pytest.mark.parametrize(("inputs", "stop"), cases, indirect=["inputs"])
+
+
+# Of four steps of either stage.
+@stops(("llama", 6), ("bert-classify", 2), slow=[("llama", 2), ("bert-classify", 6)])
 def test_resumed_is_uninterrupted(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +104,7 @@ def test_resumed_is_uninterrupted(
 
 
 # Of 24 steps of the search; it shrinks every third.
-@pytest.mark.parametrize("stop", [pytest.param(17, marks=pytest.mark.slow), 21])
+@stops(("llama", 21), slow=[("llama", 17), ("bert-classify", 17), ("bert-classify", 21)])
 def test_a_network_that_shrinks_is_resumed(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,

@@ -142,6 +142,7 @@ def test_time_limit_requeues_and_resumes(cluster: Cluster, uninterrupted: Path, 
     assert hashes(work) == hashes(uninterrupted)
 
 
+@pytest.mark.slow
 def test_cancellation_leaves_a_whole_state(
     cluster: Cluster, uninterrupted: Path, work: Path
 ) -> None:
