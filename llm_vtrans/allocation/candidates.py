@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -32,6 +32,23 @@ BETWEEN = (0.25, 0.5, 0.75)  # of the way from them to the hidden size that meet
 SLACK = 0.01  # of a budget may stay unused rather than that a plan becomes another one
 WHOLE, TRAINED = 0.0, 1.0  # strengths of gates: units as they are, and as masks have them
 STRENGTH_STEPS = (-0.25, 0.25)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a plan is to be fitted to.
+
+    Attributes:
+        plan: of another problem; the new one is to be like it.
+        problem: the new one.
+        hidden: size that is wanted; one near it where that uses the budget better.
+        heads: number that is wanted in every layer, in the stock layout.
+    """
+
+    plan: PrunePlan
+    problem: Problem
+    hidden: float
+    heads: float
 
 
 class Candidates:
@@ -126,31 +143,31 @@ class Candidates:
         found = self._nearest(ratio * size, plan.present, sizes=further)
         yield from self._gated(found, plan.strength)
 
-    def refitted(self, plan: PrunePlan, hidden: float, heads: float) -> PrunePlan:
-        """This plan for this budget and other sizes: FFN units make up for them.
+    def fitted(self, fit: Fit) -> Iterator[PrunePlan]:
+        """A plan for this budget: FFN units make up for what is wanted, or hidden dimensions.
 
-        Where they cannot, the hidden size does, too, and at last, in the stock layout, the number
-        of heads. Layers and strength stay.
+        Where neither can, in the stock layout the number of heads does; where nothing can, it is
+        the plan within the budget that comes near. Layers and strength stay.
 
         Args:
-            plan: for another budget, or another cost.
-            hidden: size that is wanted; one near it where that uses the budget better.
-            heads: number that is wanted in every layer, in the stock layout.
+            fit: to this problem.
         """
+        plan = fit.plan
         numbers: list[int | None] = [None]
         if self._problem.is_uniform and Axis.HEADS in self._scores:
             allowed = self._problem.counts(Axis.HEADS, True)
-            numbers = [*sorted(allowed, key=lambda number: abs(number - heads))]
+            numbers = [*sorted(allowed, key=lambda number: abs(number - fit.heads))]
 
-        def plans() -> Iterator[PrunePlan]:
-            yield from self._nearest(hidden, plan.present, numbers[0], least=1 - SLACK)
-            for number in numbers:
-                filling = self._filling(plan.shape, number)
-                yield from self._nearest(filling, plan.present, number, least=1 - SLACK)
-            filling = self._filling(plan.shape, numbers[0])
-            yield from self._nearest(filling, plan.present, numbers[0], least=0.0)
+        def plans(*sizes: float, number: int | None, least: float) -> Iterator[PrunePlan]:
+            for size in (*sizes, self._filling(plan.shape, number)):
+                found = self._nearest(size, plan.present, number, least=least)
+                yield from self._gated(found, plan.strength)
 
-        return next(self._gated(plans(), plan.strength), plan)
+        first, *others = numbers
+        found = [*plans(fit.hidden, number=first, least=1 - SLACK)]
+        for number in others:
+            found = found or [*plans(number=number, least=1 - SLACK)]
+        yield from found or plans(number=first, least=0.0)
 
     def _filling(self, shape: Shape, number: int | None) -> int:
         """The largest hidden size at which a shape of so many heads keeps the budget."""

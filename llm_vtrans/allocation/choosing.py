@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.allocation.candidates import Candidates
+from llm_vtrans.allocation.candidates import Candidates, Fit
 from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.basis.head_basis import HeadBasis
 from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.distributed.ranks import agreed
+from llm_vtrans.families.base import Shape
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.tasks.encoding import Batch
 from llm_vtrans.training.distillation import Distillation
@@ -61,14 +62,20 @@ class Chooser:
         plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
         return replace(plan, basis=self._head_basis)
 
-    def refit(self, plan: PrunePlan, problem: Problem, hidden: float, heads: float) -> PrunePlan:
-        """A plan for other costs, as like it as may be: `Candidates.refitted`.
+    def refit(self, fits: Sequence[Fit], known: Sequence[Shape]) -> PrunePlan | None:
+        """The plan of least loss that fits something and is none of some shapes, if there is one.
 
         Raises:
-            UserError: even the smallest allowed model exceeds the budget.
+            UserError: even the smallest allowed model exceeds a budget.
         """
-        plan = Candidates(self._masks, problem, self._oblique).refitted(plan, hidden, heads)
-        return replace(plan, basis=self._head_basis)
+        found = (
+            plan
+            for fit in fits
+            for plan in Candidates(self._masks, fit.problem, self._oblique).fitted(fit)
+            if plan.shape not in known
+        )
+        best = min(found, key=self.loss, default=None)
+        return None if best is None else replace(best, basis=self._head_basis)
 
     def rehearsed(self, rehearsal: Rehearsal, plan: PrunePlan) -> float:
         """What a plan loses after the first steps of tuning, in nats."""

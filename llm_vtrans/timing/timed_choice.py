@@ -6,20 +6,22 @@ takes, and another one is chosen, until one keeps the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from llm_vtrans.allocation.allocate import PrunePlan
+from llm_vtrans.allocation.candidates import Fit
 from llm_vtrans.budget.problem import Problem
 from llm_vtrans.errors import UserError
 from llm_vtrans.families.base import Shape
 from llm_vtrans.timing.latency_cost import LatencyCost, Measure
 
-AIM, NEAR = 0.985, 0.015  # of the time allowed, and as much beside it is what was aimed at
+AIM = 0.985  # of the time allowed: what is timed again comes out longer or shorter
+UNDER, OVER = 0.975, 1.015  # times as much as was aimed at is near enough
 CHOICES, FITS = 2, 6  # rounds of timing and correcting, where all is chosen and where little is
 
-Refit = Callable[[PrunePlan, Problem, float, float], PrunePlan]
+Refit = Callable[[Sequence[Fit], Sequence[Shape]], PrunePlan | None]
 
 
 def corrected(problem: Problem, shape: Shape, measure: Measure) -> Problem:
@@ -77,14 +79,13 @@ def choose_in_time(
     """A plan whose network, timed, keeps the budget; and the problem with the table that says so.
 
     A corrected table may lead to another shape, for which it is wrong again. So after a few rounds
-    the plan is no longer chosen, but its sizes follow the times that were found.
+    the layers are no longer chosen, and the sizes follow the times that were found.
 
     Args:
         problem: with a limit of time among its limits.
         guess: a good plan of a problem, at little cost: the table is corrected by it first.
         choose: the best plan of a problem.
-        refit: a plan for another table, of about another hidden size and another number of heads,
-            as like it as may be.
+        refit: the best plan that fits something and is none of some shapes, if there is one.
         measure: times a network of a shape.
         say: tells the user what was found.
 
@@ -97,7 +98,7 @@ def choose_in_time(
     while plan is not None:
         timed.append(Timed(plan, corrected(problem, plan.shape, measure)))
         say(f"timed: {plan.shape}  {timed[-1].used:.3f} of the budget")
-        if timed[-1].miss < NEAR or len(timed) == CHOICES + FITS:
+        if UNDER < timed[-1].used < OVER or len(timed) == CHOICES + FITS:
             break
         problem = timed[-1].problem
         try:
@@ -109,28 +110,43 @@ def choose_in_time(
 
 
 def _fitted(timed: list[Timed], refit: Refit) -> PrunePlan | None:
-    """A plan that was not timed yet, like one of those that were, closest to the budget first.
-
-    Two plans of the same layers tell more than one: the table is then right for both, and where
-    one takes too long and one does not, the sizes are between theirs.
-    """
+    """A plan that was not timed yet, like the best of those of some layers that were."""
     known = [entry.shape for entry in timed]
+    best: list[Timed] = []
     for entry in sorted(timed, key=lambda entry: entry.miss):
-        hidden, heads = float(entry.shape.hidden), float(max(entry.shape.heads))
-        tried = [(entry.problem, hidden, heads)]
-        others = [t for t in timed if t is not entry and t.plan.present.equal(entry.plan.present)]
-        beyond = [t for t in others if (t.used > 1) != (entry.used > 1)]
-        if others:
-            other = min(beyond or others, key=lambda entry: entry.miss)
-            way = (1 - entry.used) / (other.used - entry.used) if beyond else 0.0
-            hidden += way * (other.shape.hidden - hidden)
-            heads += way * (max(other.shape.heads) - heads)
-            tried.insert(0, (_through(other, entry), hidden, heads))
-        for found in tried:
-            plan = refit(entry.plan, *found)
-            if plan.shape not in known:
-                return plan
+        if not any(_are_alike(entry, other) for other in best):
+            best.append(entry)
+    for fits in ([_between(entry, timed) for entry in best], [_alone(entry) for entry in best]):
+        plan = refit(fits, known)
+        if plan is not None:
+            return plan
     return None
+
+
+def _between(entry: Timed, timed: list[Timed]) -> Fit:
+    """By another one of the same layers, too: the table is then right for both.
+
+    And where one takes too long and one does not, the sizes are between theirs.
+    """
+    others = [other for other in timed if other is not entry and _are_alike(entry, other)]
+    beyond = [other for other in others if (other.used > 1) != (entry.used > 1)]
+    fit = _alone(entry)
+    if not others:
+        return fit
+    other = min(beyond or others, key=lambda entry: entry.miss)
+    way = (1 - entry.used) / (other.used - entry.used) if beyond else 0.0
+    hidden = fit.hidden + way * (other.shape.hidden - fit.hidden)
+    heads = fit.heads + way * (max(other.shape.heads) - fit.heads)
+    return Fit(entry.plan, _through(other, entry), hidden, heads)
+
+
+def _alone(entry: Timed) -> Fit:
+    return Fit(entry.plan, entry.problem, entry.shape.hidden, max(entry.shape.heads))
+
+
+def _are_alike(one: Timed, other: Timed) -> bool:
+    """Of the same layers."""
+    return one.plan.present.equal(other.plan.present)
 
 
 def _through(one: Timed, other: Timed) -> Problem:

@@ -1,7 +1,7 @@
 """Budgets of time: the table knows what was measured, and the chosen shape keeps the budget."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import sin
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_vtrans.allocation.allocate import PrunePlan, allocate
-from llm_vtrans.allocation.candidates import Candidates
+from llm_vtrans.allocation.candidates import Candidates, Fit
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.budget.cost import Budget, complete, dense_shape
 from llm_vtrans.budget.problem import Problem, check_reachable
@@ -84,10 +84,9 @@ def idle(shape: Shape, width: float) -> float:
 flat, steep = partial(idle, width=1), partial(idle, width=4)
 
 
-def refit(
-    masks: VIBMasks, plan: PrunePlan, problem: Problem, hidden: float, heads: float
-) -> PrunePlan:
-    return Candidates(masks, problem).refitted(plan, hidden, heads)
+def refit(masks: VIBMasks, fits: Sequence[Fit], known: Sequence[Shape]) -> PrunePlan | None:
+    plans = (plan for fit in fits for plan in Candidates(masks, fit.problem).fitted(fit))
+    return next((plan for plan in plans if plan.shape not in known), None)
 
 
 def problem_of(share: float, is_uniform: bool, sizes: list[int]) -> Problem:
@@ -197,8 +196,9 @@ def test_a_plan_is_fitted_to_another_budget(
     problem = problem_of(share, is_uniform, SIZES)
     plan = allocate(masks, problem)
     budget = replace(problem.budget, target=int(other * problem.budget.target))
-    sizes = plan.shape.hidden, max(plan.shape.heads)
-    fitted = refit(masks, plan, replace(problem, budget=budget), *sizes)
+    fit = Fit(plan, replace(problem, budget=budget), plan.shape.hidden, max(plan.shape.heads))
+    fitted = refit(masks, [fit], [])
+    assert fitted is not None
     assert fitted.present.equal(plan.present)
     assert is_uniform <= (fitted.shape.heads == plan.shape.heads)
     used = problem.cost.of(fitted.shape) / budget.target
