@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 
 from llm_vtrans.allocation.allocate import allocate
+from llm_vtrans.allocation.candidates import Candidates, Fit
 from llm_vtrans.allocation.choosing import Chooser
 from llm_vtrans.allocation.plan_search import search_plan
 from llm_vtrans.basis.head_basis import balanced_basis
@@ -44,6 +45,26 @@ def test_the_plan_of_least_loss_is_chosen(case: tuple[Chooser, VIBMasks, Problem
     chosen = chooser.choose(problem)
     assert chosen.shape == plan.shape
     assert chooser.loss(chosen) < chooser.loss(allocate(masks, problem))
+
+
+def test_the_fit_of_least_loss_is_taken(case: tuple[Chooser, VIBMasks, Problem]) -> None:
+    """Of those that are not known yet; with none, there is no plan."""
+    chooser, masks, problem = case
+    plan = chooser.choose(problem)
+    smaller = replace(
+        problem, budget=replace(problem.budget, target=problem.budget.target * 4 // 5)
+    )
+    sizes = range(plan.shape.hidden // 2, plan.shape.hidden, 4)
+    fits = [Fit(plan, smaller, hidden, max(plan.shape.heads)) for hidden in sizes]
+    plans = [fitted for fit in fits for fitted in Candidates(masks, smaller).fitted(fit)]
+    assert all(smaller.cost.of(fitted.shape) <= smaller.budget.target for fitted in plans)
+    losses = {fitted.shape: chooser.loss(fitted) for fitted in plans}
+    assert len(losses) > 2
+    first, second, *_ = sorted(losses, key=lambda shape: losses[shape])
+    for known, expected in (([], first), ([first], second)):
+        found = chooser.refit(fits, known)
+        assert found is not None and found.shape == expected
+    assert chooser.refit(fits, [*losses]) is None
 
 
 def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
