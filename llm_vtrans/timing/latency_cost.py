@@ -85,8 +85,8 @@ class LatencyCost(Cost):
         slope = (most - least) / difference if difference else 0.0
         if not 1 / STEEPEST < slope < STEEPEST:
             return self.corrected(second, most)
-        factor, extra = slope * self.factor, slope * self.extra
-        return replace(self, factor=factor, extra=extra + most - slope * self.of(second))
+        steeper = self.corrected(second, slope * self.of(second))
+        return replace(steeper, extra=steeper.extra + most - steeper.of(second))
 
     def _at(self, values: list[float], hidden: Any) -> Any:
         """Linear between the measured sizes, and on from the first two below them."""

@@ -25,12 +25,7 @@ from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.preparation.planning import make_problem, make_stopwatch
 from llm_vtrans.timing import latency, remembered
 from llm_vtrans.timing.latency import Pass
-from llm_vtrans.timing.latency_cost import (
-    LatencyCost,
-    Measure,
-    latency_cost,
-    table_sizes,
-)
+from llm_vtrans.timing.latency_cost import LatencyCost, Measure, latency_cost, table_sizes
 from llm_vtrans.timing.rounding import MULTIPLES, best_multiple
 from llm_vtrans.timing.timed_choice import AIM, choose_in_time
 from tests.tiny import save_tiny
@@ -145,7 +140,7 @@ def test_a_plan_keeps_to_the_table(
     ("rule", "measure"), [(stepped, stepped), (odd, odd), (steep, flat), (flat, steep)]
 )
 @pytest.mark.parametrize("is_uniform", [True, False])
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=10)
 @given(share=st.floats(0.4, 0.8), seed=seeds)
 def test_the_chosen_shape_keeps_the_time_that_it_takes(
     is_uniform: bool, rule: Measure, measure: Measure, share: float, seed: int
@@ -202,7 +197,8 @@ def test_a_plan_is_fitted_to_another_budget(
     assert fitted.present.equal(plan.present)
     assert is_uniform <= (fitted.shape.heads == plan.shape.heads)
     used = problem.cost.of(fitted.shape) / budget.target
-    assert used <= 1 and (used > 0.99 or max(fitted.shape.ffn) == FFN)
+    is_whole = fitted.shape.hidden == HIDDEN and max(fitted.shape.ffn) == FFN
+    assert used <= 1 and (used > 0.99 or is_whole)
     if other == 1:
         assert fitted.shape == plan.shape
 
