@@ -133,7 +133,7 @@ class PruneArguments:
         "default: enough for 900 optimizer steps, 10,000 of vtrans and of fast's whole.",
     )
     tune_share: float = _option(
-        0.5,
+        0.75,
         "Share of the samples that is used after the units are picked, to tune maps of the "
         "residual stream and a factor at every gate for them. 0: none.",
     )

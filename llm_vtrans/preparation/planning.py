@@ -231,7 +231,7 @@ def training_settings(args: PruneArguments, num_ranks: int) -> TrainingSettings:
             f"{num_ranks} ranks: lower --batch-size"
         )
     num_steps = args.num_samples() // batch
-    tune_steps = round(args.tune_share * num_steps)
+    tune_steps = int(args.tune_share * num_steps)  # a share below 1 leaves a step to search in
     return TrainingSettings(
         search_steps=num_steps - tune_steps,
         tune_steps=tune_steps,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.preparation.command_line import command_line, parse
+from llm_vtrans.preparation.planning import training_settings
 
 OPTIONS = {
     "model": st.text("ab /'\"$", min_size=1),
@@ -47,3 +48,11 @@ def test_a_recipe_is_spelt_out(tmp_path, monkeypatch):
     assert all(getattr(again, f.name) == getattr(args, f.name)
                for f in fields(args) if f.name not in call)  # fmt: skip
     assert again.seed == 3 and not any(getattr(again, name) for name in call)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 1000))
+def test_every_run_searches(tune_share, num_steps):
+    args = PruneArguments(tune_share=tune_share, samples=num_steps, batch_size=1)
+    settings = training_settings(args, num_ranks=1)
+    assert settings.search_steps >= 1 and settings.num_steps == num_steps
+    assert settings.tune_steps <= tune_share * num_steps
