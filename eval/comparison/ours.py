@@ -1,8 +1,8 @@
-"""The product as one method of the comparison: its own job, in full, with its defaults.
+"""The product as one method of the comparison: its own job, in full, on the comparison's samples.
 
-One training for each seed and layout, at `TRAINED_AT`; every other budget is allocated and
-exported from those masks (`--masks`). The training's seconds and memory count in every cell
-that rests on it.
+All options but those that every method shares are at their defaults. One training for each seed
+and layout, at `TRAINED_AT`; every other budget is allocated and exported from those masks
+(`--masks`). The training's seconds and memory count in every cell that rests on it.
 """
 
 from __future__ import annotations
