@@ -16,7 +16,7 @@ from llm_vtrans.prune import prune
 from tests.runs import copy_inputs, finish, flags, start, trained_tensors, write_inputs
 
 NUM_STEPS = 100
-SETTINGS = ("--save-every", "1", "--shard-size", "10KB")
+SETTINGS = ("--save-every", "1", "--shard-size", "10KB", "--tune-share", "0.5")
 STATE = "out/state/training.safetensors"
 
 

@@ -24,6 +24,7 @@ from tests.runs import flags, write_inputs
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 RATE = ("--weight-learning-rate", "1e-3")
+HALVES = ("--tune-share", "0.5")  # both stages take as many steps
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def test_resumed_is_uninterrupted(
     inputs: Inputs, stop: int, tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    given = inputs.arguments("--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB")
+    given = inputs.arguments(
+        *("--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB", *HALVES)
+    )
     check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
 
 
@@ -111,7 +114,7 @@ def test_a_network_that_shrinks_is_resumed(
 ) -> None:  # fmt: skip
     given = inputs.arguments(
         *("--variant", "vtrans", "--shrink-every", "3", "--samples", "96", "--save-every", "1"),
-        *("--learning-rate", "1", "--shard-size", "10KB"),
+        *("--learning-rate", "1", "--shard-size", "10KB", *HALVES),
     )
     removed = check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
     assert removed[0] == 0 and removed == sorted(removed)
