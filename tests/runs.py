@@ -16,6 +16,7 @@ from tests.tiny import VOCAB_SIZE, save_tiny
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = "llm_vtrans/prune.py"  # as in a checkout that is not installed
 SEQ_LEN = 16
+HALVES = ("--tune-share", "0.5")  # both stages take as many steps
 QUICK_CHECKS = ("hashes", "shapes", "dtype", "parameters")  # of `verify`: those without a model
 
 

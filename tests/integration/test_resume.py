@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from llm_vtrans.commands.command import USER_ERROR, run_command
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.prune import prune
-from tests.runs import copy_inputs, finish, flags, start, trained_tensors, write_inputs
+from tests.runs import HALVES, copy_inputs, finish, flags, start, trained_tensors, write_inputs
 
 NUM_STEPS = 100
-SETTINGS = ("--save-every", "1", "--shard-size", "10KB", "--tune-share", "0.5")
+SETTINGS = ("--save-every", "1", "--shard-size", "10KB", *HALVES)
 STATE = "out/state/training.safetensors"
 
 

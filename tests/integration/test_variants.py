@@ -20,11 +20,10 @@ from llm_vtrans.training.preemption import Preemption
 from tests.integration.test_resume import hashes, metrics
 from tests.integration.test_tasks import encoder as encoder
 from tests.integration.test_tasks import write
-from tests.runs import flags, write_inputs
+from tests.runs import HALVES, flags, write_inputs
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 RATE = ("--weight-learning-rate", "1e-3")
-HALVES = ("--tune-share", "0.5")  # both stages take as many steps
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def test_resumed_is_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     given = inputs.arguments(
-        *("--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB", *HALVES)
+        "--variant", "vtrans", "--save-every", "1", "--shard-size", "10KB", *HALVES
     )
     check_resumed(inputs, given, stop, tmp_path_factory.mktemp("old"), monkeypatch)
 
