@@ -98,15 +98,34 @@ class Candidates:
         yield plan.present
         if "layers" not in self._scores:
             return
+        num_gone = self._num_gone(plan)
+        for num in range(max(1, num_gone - 1), num_gone + 2):
+            yield from self._without(num)
+        yield from self._without(0)
+
+    def deeper(self, plan: PrunePlan) -> Iterator[Tensor]:
+        """Sub-layers to keep, `(L, 2)` bool: a layer more than a plan has, or a sub-layer."""
+        if "layers" in self._scores and not bool(plan.present.all()):
+            yield from self._without(self._num_gone(plan) - 1)
+
+    def _num_gone(self, plan: PrunePlan) -> int:
+        """Layers that a plan lacks, or sub-layers where these go one by one."""
+        goes_whole = self._scores["layers"].shape[1] == 1
+        kept = plan.present.any(1) if goes_whole else plan.present
+        return int((~kept).sum())
+
+    def _without(self, num: int) -> Iterator[Tensor]:
+        """Those of lowest score go, or in place of the last of them the next one."""
         layers = self._scores["layers"]
         order = layers[1:].flatten().argsort(stable=True) + layers.shape[1]
-        kept = plan.present if layers.shape[1] == 2 else plan.present.any(1)
-        num_gone = int((~kept).sum())
-        for num in range(max(1, num_gone - 1), min(num_gone + 1, len(order) - 1) + 1):
-            for gone in (order[:num], torch.cat([order[: num - 1], order[num : num + 1]])):
-                rest = torch.ones(layers.numel(), dtype=torch.bool).index_fill(0, gone, False)
-                yield rest.view_as(layers).expand_as(plan.present)
-        yield torch.ones_like(plan.present)
+        if num >= len(order):
+            return
+        choices = [order[:num]]
+        if num > 0:
+            choices.append(torch.cat([order[: num - 1], order[num : num + 1]]))
+        for gone in choices:
+            rest = torch.ones(layers.numel(), dtype=torch.bool).index_fill(0, gone, False)
+            yield rest.view_as(layers).expand(len(layers), 2)
 
     def of(self, kept: Tensor) -> Iterator[PrunePlan]:
         """What represents a depth: its plan of largest benefit, and the extreme one."""

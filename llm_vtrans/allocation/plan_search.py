@@ -1,7 +1,7 @@
 """ALLOCATE, refined: candidates are compared by what their hard-masked networks lose.
 
 A forward pass of a few batches tells it. But tuning makes good more of what went with hidden
-dimensions than of what went with heads and FFN units, so a rehearsal of it has the last word.
+dimensions than of what went with layers, heads and FFN units: a rehearsal of it has the last word.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def search_plan(
 
     The most promising depths are searched, each until neither a hidden size near its best plan's
     nor weaker or stronger gates lose less; those of about as many layers come in question then,
-    and so on. At last hidden dimensions go for other units as long as a rehearsal of tuning leaves
-    less of the loss.
+    and so on. At last hidden dimensions go for layers and for other units as long as a rehearsal of
+    tuning leaves less of the loss.
 
     Args:
         masks: trained masks.
@@ -109,19 +109,33 @@ def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
 def _settle(
     plan: PrunePlan, candidates: Candidates, best_of: _Losses, best_tuned: _Losses
 ) -> PrunePlan:
-    """Gives up more hidden dimensions for other units while less is lost after a rehearsal."""
-    while found := best_of(_narrower(plan, candidates)):
-        [(_, narrower)] = found
-        [(_, better)] = best_tuned([plan, narrower])
-        if better is plan:
-            break
-        plan = narrower
+    """Gives up more hidden dimensions while less is lost after a rehearsal.
+
+    For more layers at first, then for more units in each of them.
+    """
+    for step in (_deeper, _narrower):
+        while found := step(plan, candidates, best_of):
+            [(_, other)] = found
+            [(_, better)] = best_tuned([plan, other])
+            if better is plan:
+                break
+            plan = other
     return plan
 
 
-def _narrower(plan: PrunePlan, candidates: Candidates) -> Iterator[PrunePlan]:
-    """The plan of the next smaller hidden size, and with weaker and stronger gates."""
-    for other in candidates.beyond(plan, min(HIDDEN_RATIOS)):
-        yield other
-        for by in STRENGTH_STEPS:
-            yield from candidates.stronger(other, by)
+def _deeper(plan: PrunePlan, candidates: Candidates, best_of: _Losses) -> list[Found]:
+    """The best plan with a layer more."""
+    found = best_of(other for kept in candidates.deeper(plan) for other in candidates.of(kept))
+    return [_explore(start, candidates, best_of) for start in found]
+
+
+def _narrower(plan: PrunePlan, candidates: Candidates, best_of: _Losses) -> list[Found]:
+    """The best plan of the next smaller hidden size, with gates as strong, weaker or stronger."""
+
+    def plans() -> Iterator[PrunePlan]:
+        for other in candidates.beyond(plan, min(HIDDEN_RATIOS)):
+            yield other
+            for by in STRENGTH_STEPS:
+                yield from candidates.stronger(other, by)
+
+    return best_of(plans())

@@ -144,11 +144,39 @@ def test_hidden_dimensions_go_on_going_while_less_is_lost_with_tuning(
     plan = search_plan(masks, problem, lambda plan: plan.strength, identity_basis(size), tuned_loss)
     assert tuned[0] == first.shape.hidden and tuned == sorted(tuned, reverse=True)
     assert plan.strength == 0
-    if ratio > 1:  # one more look
-        assert plan.shape == first.shape and len(tuned) == 2
+    if ratio > 1:  # one more look, and one at a layer more
+        looks = 1 if bool(first.present.all()) else 2
+        assert plan.shape == first.shape and len(tuned) == 1 + looks
     else:
         assert plan.shape.hidden < 0.85 * first.shape.hidden
         assert plan.shape.hidden == min(tuned, key=lambda n: abs(n - ratio * first.shape.hidden))
+
+
+@pytest.mark.parametrize("num_more", [0, 1, 2])
+def test_layers_come_back_while_less_is_lost_with_tuning(
+    case: tuple[VIBMasks, Problem], num_more: int
+) -> None:
+    """One after the other, in the order of their scores: tuning makes good less of what they do."""
+    masks, problem = case
+    step = 2 if problem.is_uniform else 1
+
+    def loss(plan: PrunePlan) -> float:
+        return float(plan.present.sum())
+
+    first = search_plan(masks, problem, loss)
+    tuned: list[Shape] = []
+
+    def tuned_loss(plan: PrunePlan) -> float:
+        tuned.append(plan.shape)
+        return abs(loss(plan) - loss(first) - step * num_more)
+
+    plan = search_plan(masks, problem, loss, tuned_loss=tuned_loss)
+    assert tuned[0] == first.shape
+    assert int(plan.present.sum()) == int(first.present.sum()) + step * num_more
+    assert bool((plan.present >= first.present).all())
+    depths = [sum(map(bool, (*shape.heads, *shape.ffn))) for shape in tuned]
+    assert max(depths) == loss(first) + step * (num_more + 1)  # one more look
+    assert all(problem.cost.of(shape) <= problem.budget.target for shape in tuned)
 
 
 def test_a_loss_with_tuning_that_is_no_number_moves_nothing() -> None:
