@@ -199,11 +199,11 @@ def _present(scores: Mapping[str, Tensor], architecture: Architecture) -> Tensor
     if "layers" not in scores:
         return torch.ones(shape, dtype=torch.bool)
     present = (scores["layers"] > REDUNDANT).expand(shape).clone()
-    present[0, : 2 if _goes_whole(scores) else 1] = True
+    present[0, : 2 if goes_whole(scores) else 1] = True
     return present
 
 
-def _goes_whole(scores: Mapping[str, Tensor]) -> bool:
+def goes_whole(scores: Mapping[str, Tensor]) -> bool:
     """Whether one mask serves both sub-layers of a layer."""
     return scores["layers"].shape[1] == 1
 
@@ -222,7 +222,7 @@ def _restore_one(present: Tensor, scores: Mapping[str, Tensor]) -> Tensor:
     gone = scores["layers"].expand(present.shape).masked_fill(present, -torch.inf)
     layer, part = divmod(int(gone.argmax()), 2)
     present = present.clone()
-    present[layer, slice(None) if _goes_whole(scores) else part] = True
+    present[layer, slice(None) if goes_whole(scores) else part] = True
     return present
 
 
@@ -235,7 +235,7 @@ def _drop_one(present: Tensor, scores: Mapping[str, Tensor], problem: Problem) -
     left[0] = torch.inf
     layer, part = divmod(int(left.argmin()), 2)
     present = present.clone()
-    present[layer, slice(None) if _goes_whole(scores) else part] = False
+    present[layer, slice(None) if goes_whole(scores) else part] = False
     return present
 
 

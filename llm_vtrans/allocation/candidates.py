@@ -18,7 +18,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from llm_vtrans.allocation.allocate import Allocator, PrunePlan, scores_and_gates
+from llm_vtrans.allocation.allocate import (
+    Allocator,
+    PrunePlan,
+    goes_whole,
+    scores_and_gates,
+)
 from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError
@@ -90,11 +95,7 @@ class Candidates:
         return Allocator({Axis.HIDDEN: order}, {}, self._problem)
 
     def depths(self, plan: PrunePlan) -> Iterator[Tensor]:
-        """Sub-layers to keep, `(L, 2)` bool: the plan's, all, or about as many as it has.
-
-        Those of lowest score go, or in place of the last of them the next one: layers that can be
-        spared are few, and their scores close. The first layer stays.
-        """
+        """Sub-layers to keep, `(L, 2)` bool: the plan's, all, or about as many as it has."""
         yield plan.present
         if "layers" not in self._scores:
             return
@@ -110,12 +111,14 @@ class Candidates:
 
     def _num_gone(self, plan: PrunePlan) -> int:
         """Layers that a plan lacks, or sub-layers where these go one by one."""
-        goes_whole = self._scores["layers"].shape[1] == 1
-        kept = plan.present.any(1) if goes_whole else plan.present
+        kept = plan.present.any(1) if goes_whole(self._scores) else plan.present
         return int((~kept).sum())
 
     def _without(self, num: int) -> Iterator[Tensor]:
-        """Those of lowest score go, or in place of the last of them the next one."""
+        """Those of lowest score go, or in place of the last of them the next one.
+
+        Layers that can be spared are few, and their scores close. The first layer stays.
+        """
         layers = self._scores["layers"]
         order = layers[1:].flatten().argsort(stable=True) + layers.shape[1]
         if num >= len(order):
