@@ -105,7 +105,7 @@ def choose_in_time(
             plan = choose(problem) if len(timed) < CHOICES else _fitted(timed, refit)
         except UserError:  # the corrected table may leave too little
             break
-    best = min(timed, key=lambda entry: entry.miss)
+    best = min(timed, key=lambda entry: (entry.used >= OVER, entry.miss))  # it is a limit
     return best.plan, best.problem
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_vtrans.allocation.allocate import PrunePlan, allocate
@@ -84,6 +84,10 @@ def refit(masks: VIBMasks, fits: Sequence[Fit], known: Sequence[Shape]) -> Prune
     return next((plan for plan in plans if plan.shape not in known), None)
 
 
+def _has_whole_layers(shape: Shape) -> bool:
+    return (shape.hidden, max(shape.heads), max(shape.ffn)) == (HIDDEN, HEADS, FFN)
+
+
 def problem_of(share: float, is_uniform: bool, sizes: list[int]) -> Problem:
     cost = latency_cost(ARCHITECTURE, sizes, device)
     dense = cost.of(dense_shape(ARCHITECTURE))
@@ -142,6 +146,8 @@ def test_a_plan_keeps_to_the_table(
 @pytest.mark.parametrize("is_uniform", [True, False])
 @settings(deadline=None, max_examples=10)
 @given(share=st.floats(0.4, 0.8), seed=seeds)
+@example(share=0.5127193238138174, seed=4294967295)
+@example(share=0.442639457944882, seed=0)
 def test_the_chosen_shape_keeps_the_time_that_it_takes(
     is_uniform: bool, rule: Measure, measure: Measure, share: float, seed: int
 ) -> None:
@@ -155,7 +161,8 @@ def test_the_chosen_shape_keeps_the_time_that_it_takes(
     said: list[str] = []
     plan, problem = choose_in_time(problem, best, best, partial(refit, masks), measure, said.append)
     assert any(line.startswith(f"timed: {plan.shape}  ") for line in said)
-    assert 0.96 * allowed < measure(plan.shape) <= 1.005 * allowed
+    assert measure(plan.shape) <= 1.005 * allowed
+    assert measure(plan.shape) > 0.96 * allowed or _has_whole_layers(plan.shape)
     assert problem.cost.of(plan.shape) == pytest.approx(measure(plan.shape), rel=1e-3)
 
 
