@@ -1,7 +1,8 @@
 r"""Compare methods of structured pruning at the same budget: one table, one plot per metric.
 
     python eval/compare.py --model M --data D --sparsity 0.2 0.35 0.5 0.7 --methods all \
-        --output report/ [--seeds 0 1 2] [--layout both] [--recover none least-squares lora]
+        --output report/ [--seeds 0 1 2] [--layout both] [--recover none least-squares lora] \
+        [--processes 2]
 
 Every method sees the same groups, calibration windows and budget over ALL parameters, is
 exported by the same code and scored by the same protocol, with hyperparameters that are the
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -42,10 +42,10 @@ from eval.comparison.cell import (
     Cell,
     Settings,
     method_of,
-    run_cell,
     windows_file,
 )
 from eval.comparison.overlap import check_apart
+from eval.comparison.processes import compute
 from llm_vtrans.calibration.text import TextSource, calibrate
 from llm_vtrans.commands.command import Parser, positive, run_command
 from llm_vtrans.errors import UserError
@@ -55,7 +55,6 @@ from llm_vtrans.recovery.methods import recovery_for
 from llm_vtrans.scoring.perplexity import text_documents, text_windows
 
 NAMED = "all, baselines, ablations"  # groups of methods
-PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
 
 
 def share(text: str) -> float:
@@ -88,6 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--context-length", type=positive, default=256, help="tokens in a window, of both kinds")
     add("--limit", type=positive, help="windows per text, documents per task; for trials only")
     add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data", help="of named texts")
+    add("--processes", type=positive, default=1, help="cells at a time; on a GPU they share it")
     add("--output", type=Path, required=True, help="folder of the report; a rerun continues it")
     args = parser.parse_args(argv)
     if args.samples < SELECTION_WINDOWS + CHOICE_WINDOWS:
@@ -175,28 +175,6 @@ def is_general(recovery: str) -> bool:
     return recovery_for(recovery).IS_GENERAL
 
 
-def compute(cell: Cell, settings: Settings) -> str | None:
-    """Computes a cell in a process of its own unless its file is there.
-
-    Returns:
-        What went wrong, or None.
-    """
-    file = cell.file(settings)
-    if file.is_file():
-        return None
-    print(cell.describe(), file=sys.stderr, flush=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # every cell forks off a process that has them
-    process = context.Process(target=run_cell, args=(cell, settings))
-    process.start()
-    process.join()
-    if file.is_file():
-        return None
-    code = process.exitcode or 0
-    cause = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-    return f"the process {cause}; a rerun tries again"
-
-
 def protocol(settings: Settings, cells: list[Cell]) -> str:
     """States how the figures came about."""
     from safetensors import safe_open
@@ -231,10 +209,10 @@ def run(arguments: list[str]) -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the fork server imports from it
     cells = list(plan_cells(args, settings, source))
-    failures: dict[tuple[str, float, str, str], str] = {}
-    for cell in cells:
-        if failure := compute(cell, settings):
-            failures[cell.method, cell.sparsity, cell.layout, cell.recovery] = failure
+    failures = {
+        (cell.method, cell.sparsity, cell.layout, cell.recovery): failure
+        for cell, failure in compute(cells, settings, args.processes).items()
+    }
     files = [file for cell in cells if (file := cell.file(settings)).is_file()]
     rows = report.make_rows((json.loads(file.read_text()) for file in files), failures)
     stated = protocol(settings, cells)

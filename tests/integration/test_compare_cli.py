@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from eval.comparison import cell as cells
 from eval.comparison import plots, report
 from eval.comparison.overlap import check_apart
+from eval.comparison.processes import chains
 from llm_vtrans.errors import UserError
 from tests.runs import SEQ_LEN, start, write_inputs
 from tests.tiny import VOCAB_SIZE
 
+seeds = st.integers(0, 2)
 SAMPLES = cells.SELECTION_WINDOWS + cells.CHOICE_WINDOWS
 
 
@@ -35,6 +41,11 @@ def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.Com
     process = start_compare(folder, *more, text=text)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture
@@ -79,6 +90,23 @@ def test_table_resumes(inputs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cells_at_a_time_make_the_same_table(inputs: Path) -> None:
+    """Of a training that several budgets and recoveries rest on, too."""
+    given = ["--sparsity", "0.3", "0.5", "--methods", "ours", "magnitude", "--seeds", "0", "1"]
+    given += ["--recover", "none", "least-squares"]
+    tables = []
+    for processes in ("3", "1"):
+        result = compare(inputs, *given, "--processes", processes)
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((inputs / "report" / "table.json").read_text())["rows"]
+        costs = {"seconds", "peak_rss"}
+        tables.append([{n: f for n, f in r["figures"].items() if n not in costs} for r in rows])
+        (inputs / "report").rename(inputs / f"report{processes}")
+    assert tables[0] == tables[1] and len(tables[0]) == 1 + 2 * 2 * 2
+    assert all(figures for figures in tables[0])
+
+
+@pytest.mark.slow
 def test_ours_is_the_product(inputs: Path) -> None:
     """One training; the other budget comes from its masks, the perplexities from its exports."""
     result = compare(inputs, "--sparsity", "0.5", "0.3", "--methods", "ours")
@@ -105,6 +133,42 @@ def test_no_cell_outlives_a_killed_comparison(inputs: Path) -> None:
     process.kill()
     _, errors = process.communicate(timeout=300)  # ends when the cell has closed its side
     assert "stopped by SIGTERM; --resume continues" in errors
+
+
+@pytest.mark.slow
+def test_a_killed_cell_leaves_the_others_alone(inputs: Path) -> None:
+    """As the system does where memory ends; the table says so, and so does the status."""
+    write_inputs(inputs, num_paragraphs=20_000)
+    given = ["--sparsity", "0.5", "--methods", "ours", "magnitude", "--samples", "100000"]
+    process = start_compare(inputs, *given)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step"):
+            break
+    (cell,) = (cell for server in children(process.pid) for cell in children(server))
+    os.kill(cell, signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 2 and "1 entries failed" in errors
+    assert "| ours | stock | none | - | - |" in output and "was killed by signal 9" in output
+    rows = json.loads((inputs / "report" / "table.json").read_text())["rows"]
+    assert {r["method"]: bool(r["figures"]) for r in rows}["magnitude"]
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(["ours", "flap"]), st.integers(1, 9), seeds), unique=True)
+)
+def test_no_two_cells_of_a_training_are_in_different_chains(
+    drawn: list[tuple[str, int, int]],
+) -> None:
+    """And within one they keep their order; what trains comes first."""
+    planned = [cells.Cell(m, n / 10, "stock", "none", seed, "", "") for m, n, seed in drawn]
+    found = chains(planned)
+    owners = {(cell.method, cell.seed): chain for chain in found for cell in chain}
+    assert len(owners) == len(found) and sum(map(len, found)) == len(planned)
+    for chain in found:
+        assert chain == sorted(chain, key=planned.index)
+    names = [chain[0].method for chain in found]
+    assert names == sorted(names, key=lambda name: name != "ours")
 
 
 def test_overlap_is_refused(inputs: Path) -> None:
