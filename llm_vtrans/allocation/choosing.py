@@ -58,8 +58,8 @@ class Chooser:
         Raises:
             UserError: even the smallest allowed model exceeds the budget.
         """
-        rehearsed = None if rehearsal is None else partial(self.rehearsed, rehearsal)
-        plan = search_plan(self._masks, problem, self.loss, self._oblique, rehearsed)
+        tuned = () if rehearsal is None else (partial(self.rehearsed, rehearsal), rehearsal.most)
+        plan = search_plan(self._masks, problem, self.loss, self._oblique, *tuned)
         return replace(plan, basis=self._head_basis)
 
     def refit(self, fits: Sequence[Fit], known: Sequence[Shape]) -> PrunePlan | None:

@@ -30,6 +30,7 @@ def search_plan(
     loss: Callable[[PrunePlan], float],
     oblique: AnyBasis | None = None,
     tuned_loss: Callable[[PrunePlan], float] | None = None,
+    most_tuned: float = inf,
 ) -> PrunePlan:
     """The plan of lowest loss that is found.
 
@@ -44,6 +45,7 @@ def search_plan(
         loss: of the hard-masked network, lower is better.
         oblique: of the stream, where the family allows another basis.
         tuned_loss: the same after a rehearsal of tuning, which takes longer; None if none follows.
+        most_tuned: plans that may be rehearsed.
 
     Raises:
         UserError: even the smallest allowed model exceeds the budget.
@@ -61,9 +63,9 @@ def search_plan(
             break
         for start in sorted(found, key=_loss)[:NUM_EXPLORED]:
             best = min(best, _explore(start, candidates, best_of), key=_loss)
-    if tuned_loss is None:
+    if tuned_loss is None or most_tuned < 2:  # one alone tells nothing
         return best[1]
-    return _settle(best[1], candidates, best_of, _Losses(tuned_loss))
+    return _settle(best[1], candidates, best_of, _Losses(tuned_loss, most_tuned))
 
 
 def _loss(found: Found) -> float:
@@ -71,22 +73,31 @@ def _loss(found: Found) -> float:
 
 
 class _Losses:
-    """Losses of plans, each measured once."""
+    """Losses of plans, each measured once, and of no more than so many."""
 
-    def __init__(self, loss: Callable[[PrunePlan], float]):
-        self._loss = loss
+    def __init__(self, loss: Callable[[PrunePlan], float], most: float = inf):
+        self._loss, self._most = loss, most
         self._known: dict[tuple[Shape, bool, float], float] = {}
 
     def __call__(self, plans: Iterable[PrunePlan]) -> list[Found]:
         """The one of lowest loss, if there is any; a loss that is no number is the highest."""
         best: list[Found] = []  # of a few dozen only one at a time: their maps take room
         for plan in plans:
-            key = plan.shape, plan.maps is None, plan.strength
+            key = _key(plan)
             if key not in self._known:
                 loss = self._loss(plan)
                 self._known[key] = inf if isnan(loss) else loss
             best = [min([*best, (self._known[key], plan)], key=_loss)]
         return best
+
+    def has_room(self, plans: Iterable[PrunePlan]) -> bool:
+        """Whether all of these may be measured."""
+        return len({*self._known, *map(_key, plans)}) <= self._most
+
+
+def _key(plan: PrunePlan) -> tuple[Shape, bool, float]:
+    """What tells plans of one search apart."""
+    return plan.shape, plan.maps is None, plan.strength
 
 
 def _explore(best: Found, candidates: Candidates, best_of: _Losses) -> Found:
@@ -116,6 +127,8 @@ def _settle(
     for step in (_deeper, _narrower):
         while found := step(plan, candidates, best_of):
             [(_, other)] = found
+            if not best_tuned.has_room([plan, other]):
+                return plan
             [(_, better)] = best_tuned([plan, other])
             if better is plan:
                 break

@@ -22,6 +22,7 @@ from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.tune import TuneObjective
 
 NUM_STEPS = 15
+SHARE = 0.5  # of the steps of tuning, that the rehearsals of a choice may take together
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Rehearsal:
     settings: TrainingSettings
     preemption: Preemption
     say: Callable[[str], None]
+
+    @property
+    def most(self) -> int:
+        """Rehearsals that a choice may take: of a short run they would be the largest part."""
+        return int(SHARE * self.settings.tune_steps / NUM_STEPS)
 
     def tune(self, distillation: Distillation, hard: Mapping[str, Tensor], loss: float) -> None:
         """Trains the tuning from where it is; gates are in force afterwards.

@@ -81,8 +81,8 @@ def test_what_was_fitted_to_one_plan_is_forgotten_for_the_next(
 
 @pytest.fixture
 def rehearsal() -> Rehearsal:
-    """The whole of a short tuning."""
-    settings = TrainingSettings(0, 8, 8, 1, 0.1, 0.0, 0, 100, 100, True)
+    """Of a tuning of which it is an eighth."""
+    settings = TrainingSettings(0, 120, 4, 1, 0.1, 0.0, 0, 100, 100, True)
     examples = Examples({"input_ids": tokens(64)})
     return Rehearsal(examples, Accelerator(cpu=True), settings, Preemption(), print)
 
@@ -127,6 +127,21 @@ def test_heads_are_rehearsed_with_the_dimensions_that_a_plan_leaves_them(
     assert plan.head_dim is not None and plan.head_dim < basis.width
     plan = replace(plan, basis=None)  # as plans are compared
     assert math.isclose(chooser.rehearsed(rehearsal, plan), chooser.loss(plan), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(("tune_steps", "most"), [(29, 0), (30, 0), (60, 2), (120, 4)])
+def test_rehearsals_take_half_as_many_steps_as_tuning_at_most(
+    case: tuple[Chooser, VIBMasks, Problem],
+    rehearsal: Rehearsal,
+    capsys: pytest.CaptureFixture[str],
+    tune_steps: int,
+    most: int,
+) -> None:
+    chooser, _, problem = case
+    settings = replace(rehearsal.settings, tune_steps=tune_steps)
+    chooser.choose(problem, replace(rehearsal, settings=settings))
+    num = capsys.readouterr().out.count("rehearsed: ")
+    assert num <= most and (num > 0) == (most > 1)
 
 
 def test_a_rehearsal_that_fails_has_no_loss(

@@ -179,6 +179,24 @@ def test_layers_come_back_while_less_is_lost_with_tuning(
     assert all(problem.cost.of(shape) <= problem.budget.target for shape in tuned)
 
 
+@pytest.mark.parametrize("most", range(6))
+def test_no_more_plans_are_rehearsed_than_may_be(case: tuple[VIBMasks, Problem], most: int) -> None:
+    """Then the best of those that were is taken; a single one would tell nothing."""
+    masks, problem = case
+    size = problem.architecture.num_units[Axis.HIDDEN]
+    start = (masks, problem, lambda plan: plan.strength, identity_basis(size))
+    tuned: list[Shape] = []
+
+    def tuned_loss(plan: PrunePlan) -> float:
+        tuned.append(plan.shape)
+        return plan.shape.hidden
+
+    plan = search_plan(*start, tuned_loss, most)
+    assert len(tuned) == (most if most > 1 else 0)
+    best = min(tuned, key=lambda shape: shape.hidden, default=search_plan(*start).shape)
+    assert plan.shape == best
+
+
 def test_a_loss_with_tuning_that_is_no_number_moves_nothing() -> None:
     problem = stock_problem(SMALL, 0.5)
     masks = masks_for(problem, -4.0)
