@@ -95,6 +95,13 @@ class OwnBasisJob(Job):
         return super().chooser(_needed(oblique))
 
 
+class NoRehearsalJob(Job):
+    """Compares plans as they are before tuning."""
+
+    def rehearsal(self) -> None:
+        """None."""
+
+
 def _needed(oblique: AnyBasis | None) -> AnyBasis | None:
     """The basis where no other will do."""
     return oblique if oblique is not None and oblique.is_needed else None
@@ -107,10 +114,12 @@ class Ablation:
     Attributes:
         options: of `prune`.
         kind: of job.
+        reuses_masks: whether one training serves all sizes.
     """
 
     options: tuple[str, ...] = ()
     kind: type[Job] = Job
+    reuses_masks: bool = True
 
 
 _AS_IT_IS = ("--token-noise", "0", "--own-words", "0")  # text that labels can be read from
@@ -120,10 +129,12 @@ ABLATIONS = {
     "ours-no-mu": Ablation(kind=BinaryJob),
     "ours-no-local-search": Ablation(kind=OwnPlanJob),
     "ours-no-hidden": Ablation(("--prune", "heads,ffn,layers")),
+    "ours-no-rehearsal": Ablation(kind=NoRehearsalJob),
     "ours-no-oblique-basis": Ablation(kind=OwnBasisJob),
     "ours-no-regression": Ablation(kind=NoFitJob),
     "ours-no-tuning": Ablation(("--tune-share", "0")),
     "ours-no-token-noise": Ablation(("--token-noise", "0")),
     "ours-no-own-words": Ablation(("--own-words", "0")),
+    "ours-no-reuse": Ablation(reuses_masks=False),
 }
 """Every ablation by the name that `--methods` takes."""

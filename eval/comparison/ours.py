@@ -2,7 +2,8 @@
 
 All options but those that every method shares are at their defaults. One training for each seed
 and layout, at `TRAINED_AT`; every other budget is allocated and exported from those masks
-(`--masks`). The training's seconds and memory count in every cell that rests on it.
+(`--masks`), but for the ablation that has a training for each. The training's seconds and memory
+count in every cell that rests on it.
 """
 
 from __future__ import annotations
@@ -56,14 +57,15 @@ class Ours:
             *("--round-to", "1"),  # as all methods do, whatever a device prefers
             *ablation.options,
         ]
-        deciding = [case.source.checkpoint.sha256, versions(), *common[2:], self.lever]
+        trained_at = TRAINED_AT if ablation.reuses_masks else case.sparsity
+        deciding = [case.source.checkpoint.sha256, versions(), *common[2:], self.lever, trained_at]
         digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
         trained = self.folder / f"seed{case.seed}-{layout}-{digest}"
         if not (trained / MANIFEST_FILE).is_file():
-            start = ["--sparsity", str(TRAINED_AT), "--output", str(trained), "--resume"]
+            start = ["--sparsity", str(trained_at), "--output", str(trained), "--resume"]
             prune([*common, *start], ablation.kind)
         result = trained
-        if case.sparsity != TRAINED_AT:
+        if case.sparsity != trained_at:
             result = case.folder / "result"
             reuse = ["--masks", str(trained), "--sparsity", str(case.sparsity)]
             prune([*common, *reuse, "--output", str(result)], ablation.kind)

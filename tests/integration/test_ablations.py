@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from eval.baselines import Case
 from eval.comparison.ablations import ABLATIONS, Ablation, Labels
+from eval.comparison.ours import Ours
 from llm_vtrans.families import family_for
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.prune import prune
-from tests.runs import copy_inputs, flags, trained_tensors, write_inputs
+from tests.runs import SEQ_LEN, copy_inputs, flags, trained_tensors, write_inputs
 from tests.tiny import tiny_model
 from tests.unit.test_exactness import inputs_for
 
@@ -81,3 +84,31 @@ def test_without_regression(inputs: Path, tmp_path: Path) -> None:
         kept.append(trained_tensors(folder / "out")["keep.hidden"])
     assert torch.equal(*kept)
     assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("name", ["ours", "ours-no-rehearsal"])
+def test_without_rehearsal(
+    inputs: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablation = ABLATIONS.get(name, Ablation())
+    copy_inputs(inputs, tmp_path)
+    prune([*flags(tmp_path, samples=320), *ablation.options], ablation.kind)
+    assert ("rehearsed: " in capsys.readouterr().out) == (name == "ours")
+
+
+def test_a_training_for_each_size(inputs: Path, tmp_path: Path) -> None:
+    source = open_source(str(inputs / "model"))
+    trainings = {}
+    for name in ("ours", "ours-no-reuse"):
+        folder = tmp_path / name
+        lever = None if name == "ours" else name
+        ours = Ours(str(inputs / "model"), str(inputs / "text.txt"), 256, SEQ_LEN, folder, lever)
+        for sparsity in (0.3, 0.5):
+            (scratch := tmp_path / f"{name}-{sparsity}").mkdir()
+            windows = torch.zeros(0, SEQ_LEN, dtype=torch.long)
+            case = Case(source, windows, windows, sparsity, True, 0, scratch, torch.device("cpu"))
+            pruned = ours.prune(case)
+            assert pruned.num_params <= (1 - sparsity) * source.architecture.num_parameters
+        found = [json.loads((run / "vtrans.json").read_text()) for run in folder.iterdir()]
+        trainings[name] = sorted(manifest["settings"]["sparsity"] for manifest in found)
+    assert trainings == {"ours": [0.5], "ours-no-reuse": [0.3, 0.5]}
