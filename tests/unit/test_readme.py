@@ -1,4 +1,4 @@
-"""The front page names commands, options, files and messages that exist."""
+"""The front page and the results name commands, options, files and messages that exist."""
 
 import re
 import shlex
@@ -11,7 +11,8 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("eval/RESULTS.md", "README.md")]
+TEXT = "\n".join(PAGES)
 SOURCES = {p: p.read_text(encoding="utf-8") for p in (ROOT / "llm_vtrans").rglob("*.py")}
 
 
