@@ -63,13 +63,14 @@ def run(folder: Path, out: Path, set_up: str, args: argparse.Namespace) -> dict[
 def main() -> None:
     """Prints a row per phase and set-up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SIZES, default="7b")
-    parser.add_argument("--set-up", nargs="+", choices=SET_UPS, default=["plain"])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=32)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--rotate", default="none", choices=("none", "pca"))
-    parser.add_argument("--folder", help="where the checkpoint is written; a temporary one else")
+    add = parser.add_argument
+    add("--shape", choices=SIZES, default="7b", help="of the checkpoint of random weights")
+    add("--set-up", nargs="+", choices=SET_UPS, default=["plain"], help="ways to run")
+    add("--batch-size", type=int, default=1, help="sequences of a step")
+    add("--seq-len", type=int, default=32, help="tokens in a sequence")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="as prune's")
+    add("--rotate", default="none", choices=("none", "pca"), help="as prune's")
+    add("--folder", help="where the checkpoint is written; a temporary one else")
     args, more = parser.parse_known_args()
     args.more = more
     rows: list[tuple[str, ...]] = [("phase", "seconds", "peak GiB", "planned GiB", "ratio")]

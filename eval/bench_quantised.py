@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="dense checkpoint")
     parser.add_argument("--text", required=True, type=Path, help="UTF-8 text to score")
     parser.add_argument("--limit", type=int, default=40, help="windows")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window")
     args = parser.parse_args()
     source = open_source(args.model)
     documents = args.text.read_text(encoding="utf-8").split("\n\n")

@@ -194,7 +194,9 @@ def run(arguments: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = f"dense checkpoint, or {RANDOM} and one of {', '.join(SIZES)}"
     parser.add_argument("--model", default=f"{RANDOM}160m", help=known)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="to run"
+    )
     parser.add_argument("--sparsity", type=float, default=0.5, help="of what dense is beside")
     parser.add_argument(
         "--round-to", type=int, nargs="+", default=[64], help="multiples of pruned dimensions"
@@ -202,7 +204,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--pruned", type=Path, nargs="+", default=[], help="in place of smaller random checkpoints"
     )
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a sequence")
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -211,7 +213,7 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--rounds", type=int, default=7, help="of training steps")
     parser.add_argument("--inference-rounds", type=int, default=1, help="processes per model")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights, as prune's")
     parser.add_argument("--output", type=Path, help="all figures as JSON")
     args = parser.parse_args(arguments)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"

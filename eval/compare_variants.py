@@ -193,8 +193,8 @@ def run(arguments: list[str]) -> None:
         allow_abbrev=False,  # --data is not --data-fraction
     )
     methods = (*VARIANTS[::-1], *SELECTIONS)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.6, 0.9])
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), help="rows")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.6, 0.9], help="removed")
     parser.add_argument("--data-fraction", default="0.03", help="of --variant fast")
     parser.add_argument("--output", type=Path, required=True, help="folder; a rerun continues it")
     args, common = parser.parse_known_args(arguments)

@@ -1,9 +1,13 @@
 """What a result says of the command that makes it again."""
 
+import ast
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +15,7 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.preparation.command_line import command_line, parse
 from llm_vtrans.preparation.planning import training_settings
 
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     "model": st.text("ab /'\"$", min_size=1),
     "sparsity": st.floats(0.1, 0.9),
@@ -56,3 +61,20 @@ def test_every_run_searches(tune_share, num_steps):
     settings = training_settings(args, num_ranks=1)
     assert settings.search_steps >= 1 and settings.num_steps == num_steps
     assert settings.tune_steps <= tune_share * num_steps
+
+
+def options() -> Iterator[tuple[str, set[str | None]]]:
+    """Every option that a program defines by itself, and what is said of it."""
+    for folder in ("llm_vtrans", "eval"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and node.args:
+                    name, caller = node.args[0], ast.unparse(node.func)
+                    is_flag = isinstance(name, ast.Constant) and str(name.value).startswith("--")
+                    if is_flag and caller.split(".")[-1] in ("add", "add_argument"):
+                        yield f"{path.name} {name.value}", {word.arg for word in node.keywords}
+
+
+@pytest.mark.parametrize(("option", "words"), list(options()))
+def test_every_option_has_a_help_text(option: str, words: set[str | None]) -> None:
+    assert "help" in words, option
