@@ -1,4 +1,4 @@
-"""Cells -> rows with mean and spread over seeds, a table, and one plot per metric."""
+"""Cells -> rows with mean and spread over seeds, and tables of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from eval.comparison.cell import DENSE, NO_RECOVERY
+from eval.baselines import BASELINES
+from eval.comparison.cell import DENSE, NO_RECOVERY, OURS
 from llm_vtrans.record.output_folder import atomic_write_text
 
 Record = Mapping[str, Any]
+
+EXCESS = "excess "  # and a text: nats per token over the dense model
+CLOSED_FORM = "least-squares"  # the recovery that takes no training
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def quality(record: Record, dense: Record) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for text, perplexity in record["perplexity"].items():
         metrics[f"ppl {text}"] = perplexity["value"]
-        metrics[f"excess {text}"] = perplexity["nll"] - dense["perplexity"][text]["nll"]
+        metrics[f"{EXCESS}{text}"] = perplexity["nll"] - dense["perplexity"][text]["nll"]
     return {**metrics, **record["tasks"]}
 
 
@@ -105,8 +109,59 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
     return [n for n in dict.fromkeys(n for r in rows for n in r.figures) if n not in costs]
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Ours and the selection of least excess, on one text.
+
+    Attributes:
+        row: ours.
+        text: name.
+        ours: excess.
+        other: the least of the others.
+        which: method and recovery of that.
+    """
+
+    row: Row
+    text: str
+    ours: Figure
+    other: Figure
+    which: str
+
+    @property
+    def ratio(self) -> str:
+        """Ours as a share of the other, which tells something as long as that costs anything."""
+        return f"{self.ours.value / self.other.value:.2f}" if self.other.value > 0 else "-"
+
+
+def beside(rows: Sequence[Row]) -> list[Beside]:
+    """Ours beside the best other selection of the same size, on every text.
+
+    Others come as they are, with closed-form recovery, and with the one that ours has.
+    """
+    found = []
+    for row in rows:
+        if row.method != OURS:
+            continue
+        others = [
+            other
+            for other in rows
+            if other.method in BASELINES
+            and other.sparsity == row.sparsity
+            and other.layout in ("stock", row.layout)
+            and other.recovery in (NO_RECOVERY, CLOSED_FORM, row.recovery)
+        ]
+        for name, ours in row.figures.items():
+            known = [(other.figures[name], other) for other in others if name in other.figures]
+            if name.startswith(EXCESS) and known:
+                best, other = min(known, key=lambda pair: pair[0].value)
+                with_recovery = "" if other.recovery == NO_RECOVERY else f", {other.recovery}"
+                which = f"{other.method}{with_recovery}"
+                found.append(Beside(row, name.removeprefix(EXCESS), ours, best, which))
+    return found
+
+
 def markdown(rows: Sequence[Row], protocol: str) -> str:
-    """The whole table."""
+    """The whole table, and a short one of ours beside the best others."""
     metrics = metric_names(rows)
     header = ["removed", "method", "layout", "recovery", *metrics, "parameters", "MACs (M)",
               "seconds", "peak MB", "seeds", "note"]  # fmt: skip
@@ -123,8 +178,22 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
         removed = "" if row.method == DENSE else f"{row.sparsity:.0%}"
         start = [removed, row.method, row.layout, row.recovery]
         lines.append([*start, *values, *costs, str(row.num_seeds), row.note])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{protocol}\n"
+    parts = [_table(lines), protocol]
+    if pairs := beside(rows):
+        header = ["removed", "layout", "recovery", "text", "ours", "best other", "which",
+                  "ours / best other"]  # fmt: skip
+        short = [header, ["---"] * len(header)]
+        for pair in pairs:
+            row = pair.row
+            start = [f"{row.sparsity:.0%}", row.layout, row.recovery, pair.text]
+            excess = [pair.ours.show(4), pair.other.show(4)]
+            short.append([*start, *excess, pair.which, pair.ratio])
+        parts.append(_table(short))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _show(figure: Figure | None, decimals: int, unit: float = 1.0) -> str:
@@ -148,6 +217,14 @@ def write(rows: Sequence[Row], protocol: str, settings: Mapping[str, Any], folde
                             for n, f in row.figures.items() if math.isfinite(f.value)},
             }
             for row in rows
+        ],
+        "beside": [
+            {
+                "sparsity": pair.row.sparsity, "layout": pair.row.layout,
+                "recovery": pair.row.recovery, "text": pair.text, "ours": pair.ours.value,
+                "best_other": pair.other.value, "which": pair.which,
+            }
+            for pair in beside(rows)
         ],
     }  # fmt: skip
     atomic_write_text(folder / "table.json", json.dumps(content, indent=2, default=list) + "\n")

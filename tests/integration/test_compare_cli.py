@@ -207,3 +207,25 @@ def test_rows_by_hand() -> None:
     assert rows["dense"].figures["excess t"].value == 0
     assert rows["b"].note == "was killed by signal 9" and not rows["b"].figures
     assert "| 50% | b | stock | none | - | - |" in report.markdown(list(rows.values()), "")
+
+
+def test_ours_beside_the_best_other() -> None:
+    """Of the same size; least squares may help the others, a training only where ours had it."""
+
+    def row(method: str, recovery: str, excess: float, sparsity: float = 0.5) -> report.Row:
+        figures = {"ppl t": report.Figure(9.0, None), "excess t": report.Figure(excess, None)}
+        return report.Row(method, "stock", recovery, sparsity, 1, figures)
+
+    rows = [
+        row("dense", "none", 0.0, 0.0), row("ours", "none", 0.2), row("ours", "lora", 0.1),
+        row("ours-no-mu", "none", 0.01), row("flap", "none", 0.6), row("flap", "lora", 0.3),
+        row("magnitude", "least-squares", 0.5), row("magnitude", "none", 0.1, 0.2),
+        report.Row("random", "stock", "none", 0.5, 0),
+    ]  # fmt: skip
+    found = {pair.row.recovery: (pair.other.value, pair.which) for pair in report.beside(rows)}
+    assert found == {"none": (0.5, "magnitude, least-squares"), "lora": (0.3, "flap, lora")}
+    shown = report.markdown(rows, "protocol")
+    assert "| 50% | stock | none | t | 0.2000 | 0.5000 | magnitude, least-squares | 0.40 |" in shown
+    assert "best other" not in report.markdown(rows[:1], "protocol")
+    free = report.beside([row("ours", "none", 0.2), row("flap", "none", 0.0)])
+    assert [pair.ratio for pair in free] == ["-"]
