@@ -46,6 +46,11 @@ def flags(folder: Path, *more: str, samples: int = 16, batch_size: int = 2) -> l
     ]
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def trained_tensors(result: Path) -> dict[str, Tensor]:
     """Masks, plan, rotation and tuning of a run, by their names on disk."""
     return {**load_file(result / MASKS_FILE), **load_file(result / TUNING_FILE)}

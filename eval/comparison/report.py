@@ -165,7 +165,7 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
     metrics = metric_names(rows)
     header = ["removed", "method", "layout", "recovery", *metrics, "parameters", "MACs (M)",
               "seconds", "peak MB", "seeds", "note"]  # fmt: skip
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         figures = row.figures
         values = [_show(figures.get(name), 3 if "ppl" not in name else 2) for name in metrics]
@@ -178,22 +178,23 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
         removed = "" if row.method == DENSE else f"{row.sparsity:.0%}"
         start = [removed, row.method, row.layout, row.recovery]
         lines.append([*start, *values, *costs, str(row.num_seeds), row.note])
-    parts = [_table(lines), protocol]
+    parts = [_table(header, lines), protocol]
     if pairs := beside(rows):
         header = ["removed", "layout", "recovery", "text", "ours", "best other", "which",
                   "ours / best other"]  # fmt: skip
-        short = [header, ["---"] * len(header)]
+        short = []
         for pair in pairs:
             row = pair.row
             start = [f"{row.sparsity:.0%}", row.layout, row.recovery, pair.text]
             excess = [pair.ours.show(4), pair.other.show(4)]
             short.append([*start, *excess, pair.which, pair.ratio])
-        parts.append(_table(short))
+        parts.append(_table(header, short))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    every = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every)
 
 
 def _show(figure: Figure | None, decimals: int, unit: float = 1.0) -> str:

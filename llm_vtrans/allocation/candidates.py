@@ -18,12 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from llm_vtrans.allocation.allocate import (
-    Allocator,
-    PrunePlan,
-    goes_whole,
-    scores_and_gates,
-)
+from llm_vtrans.allocation.allocate import Allocator, PrunePlan, goes_whole, scores_and_gates
 from llm_vtrans.basis.oblique import AnyBasis
 from llm_vtrans.budget.problem import TOLERANCE, Problem
 from llm_vtrans.errors import UserError

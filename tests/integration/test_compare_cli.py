@@ -19,7 +19,7 @@ from eval.comparison import plots, report
 from eval.comparison.overlap import check_apart
 from eval.comparison.processes import chains
 from llm_vtrans.errors import UserError
-from tests.runs import SEQ_LEN, start, write_inputs
+from tests.runs import SEQ_LEN, children, start, write_inputs
 from tests.tiny import VOCAB_SIZE
 
 seeds = st.integers(0, 2)
@@ -41,11 +41,6 @@ def compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.Com
     process = start_compare(folder, *more, text=text)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-def children(pid: int) -> list[int]:
-    """Processes that it started."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from llm_vtrans.training.run_state import STATE_FOLDER
 from tests.integration import test_resume
 from tests.integration.test_resume import hashes, long_run, metrics, saved_step
 from tests.integration.test_two_ranks import TWO_RANKS
-from tests.runs import finish, flags, start, write_inputs
+from tests.runs import children, finish, flags, start, write_inputs
 
 uninterrupted, work = test_resume.uninterrupted, test_resume.work  # fixtures
 
@@ -80,9 +80,9 @@ def test_one_rank_of_two_is_asked(tmp_path: Path) -> None:
     folder = write_inputs(tmp_path, 800)
     process = start(flags(folder, "--save-every", "5000", samples=4 * num_steps), *TWO_RANKS)
     wait_for_line(process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = sorted(int(pid) for pid in children if "prune.py" in _command(pid))
-    assert len(ranks) == 2, children
+    started = children(process.pid)
+    ranks = sorted(pid for pid in started if "prune.py" in _command(pid))
+    assert len(ranks) == 2, started
     os.kill(ranks[1], signal.SIGUSR1)
     _, errors = process.communicate()
     assert process.returncode != 0
@@ -102,8 +102,7 @@ LAUNCHERS = {
 def test_nobody_outlives_a_killed_launcher(uninterrupted: Path, work: Path, launcher: str) -> None:
     process = start(long_run(work), *LAUNCHERS[launcher])
     wait_for_step(process, work, 3)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (child,) = (pid for pid in children if "prune.py" in _command(pid))
+    (child,) = (pid for pid in children(process.pid) if "prune.py" in _command(pid))
     process.kill()
     _, errors = process.communicate()  # ends when the child has closed its side
     assert "stopped by SIGTERM; --resume continues" in errors
@@ -114,7 +113,7 @@ def test_nobody_outlives_a_killed_launcher(uninterrupted: Path, work: Path, laun
     assert hashes(work) == hashes(uninterrupted)
 
 
-def _has_ended(pid: str) -> bool:
+def _has_ended(pid: int) -> bool:
     """Whether nothing of a process is left to run; who collects its status is another matter."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -122,7 +121,7 @@ def _has_ended(pid: str) -> bool:
         return True
 
 
-def _command(pid: str) -> str:
+def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 
 

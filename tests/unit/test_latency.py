@@ -85,7 +85,9 @@ def refit(masks: VIBMasks, fits: Sequence[Fit], known: Sequence[Shape]) -> Prune
 
 
 def _has_whole_layers(shape: Shape) -> bool:
-    return (shape.hidden, max(shape.heads), max(shape.ffn)) == (HIDDEN, HEADS, FFN)
+    """No larger plan has these layers."""
+    units = {HEADS: shape.heads, FFN: shape.ffn}
+    return shape.hidden == HIDDEN and all({*found} <= {0, n} for n, found in units.items())
 
 
 def problem_of(share: float, is_uniform: bool, sizes: list[int]) -> Problem:

@@ -11,8 +11,8 @@ from llm_vtrans.arguments import PruneArguments
 from llm_vtrans.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("eval/RESULTS.md", "README.md")]
-TEXT = "\n".join(PAGES)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README + (ROOT / "eval" / "RESULTS.md").read_text(encoding="utf-8")
 SOURCES = {p: p.read_text(encoding="utf-8") for p in (ROOT / "llm_vtrans").rglob("*.py")}
 
 
@@ -61,7 +61,7 @@ def test_files_exist(path):
 
 
 def test_messages_exist():
-    table = TEXT[TEXT.index("| message begins with") :]
+    table = README[README.index("| message begins with") :]
     messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert len(messages) >= 5
     everything = re.sub(r'"\s*f?"', "", "".join(SOURCES.values()))  # joins what is on two lines
