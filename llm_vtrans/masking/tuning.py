@@ -26,7 +26,7 @@ from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream, Su
 INPUT, OUTPUT, SHIFT = "in", "out", "shift"
 MAP_SHARE = 1 / 16  # as many numbers as the model has are trained in maps, at 12 bytes each,
 MAP_NUMBERS = 2**26  # or so many, 0.75 GiB: small models can afford a pair for every sub-layer
-MAP_LEARNING_RATE = 1 / 48  # of a map's singular values, 1; times the distance from the optimum
+MAP_LEARNING_RATE = 1 / 80  # of a map's singular values, 1; times the distance from the optimum
 TOKENS_PER_DIMENSION = 16  # with which half of the power of a map's mean gradient is signal
 SCALE_LEARNING_RATE = 0.015  # times that distance
 
@@ -226,8 +226,8 @@ class Tuning(nn.Module):
     def parameter_groups(self, loss: float, num_tokens: int) -> list[dict[str, Any]]:
         """For `OrthogonalAdamW`; `peak` is the largest learning rate of a group.
 
-        A step changes what a map does to any direction by the same share, whatever the width
-        (arXiv:2310.17813, section 3). But it does not know how far there is to go. Near the
+        A step moves a map by the same share of it, whatever the width (arXiv:2310.17813, section
+        3), where the loss is curved alike. But it does not know how far there is to go. Near the
         teacher the loss is a quadratic, so that distance is its root, and so is the noise of a
         gradient. Nor does it know how much of a direction is noise: of the power of a mean over
         n tokens in d dimensions about n / (n + c d) is signal (arXiv:1812.06162, section 2.2,
@@ -238,12 +238,15 @@ class Tuning(nn.Module):
             num_tokens: of an optimizer step, over all ranks.
         """
         distance = math.sqrt(min(1.0, max(0.0, loss)))  # rounding may bring it below zero
-        maps, scales = list(self.maps.parameters()), list(self.scales.parameters())
+        scales = list(self.scales.parameters())
         scales += [] if self.shift is None else [self.shift]
         signal = math.sqrt(num_tokens / (num_tokens + TOKENS_PER_DIMENSION * self._size))
         rate = MAP_LEARNING_RATE * signal * distance
+        writing = [matrix for name, matrix in self.maps.items() if _writes(name)]
+        reading = [matrix for name, matrix in self.maps.items() if not _writes(name)]
+        sides = [maps for maps in (writing, reading) if maps]
         return [
-            {"params": maps, "peak": rate, "is_orthogonal": True},
+            *({"params": maps, "peak": rate, "is_orthogonal": True} for maps in sides),
             {"params": scales, "peak": SCALE_LEARNING_RATE * distance},
         ]
 

@@ -23,7 +23,8 @@ GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
 QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
 MAP_COPIES = 3  # a map, its gradient and the mean of these
-STEP_COPIES = 5  # of a single map, while it takes a step
+STEP_COPIES = 10  # of a single map, while it takes a step
+MOMENT_COPIES = 8  # of one: second moments on both sides of what writes and reads, and inverses
 BYTES_4BIT = 0.5 + 1 / 16  # a float32 scale for each block of 64
 
 
@@ -183,7 +184,7 @@ def estimate_memory(
     largest = max(prod(spec.shape) for spec in architecture.tensors)
     gathered = largest_layer_bytes(architecture, work) if work.is_sliced else 0
     hidden = architecture.num_units[Axis.HIDDEN]
-    maps = (num_maps(architecture) * MAP_COPIES + STEP_COPIES) * hidden**2
+    maps = (num_maps(architecture) * MAP_COPIES + STEP_COPIES + MOMENT_COPIES) * hidden**2
     trained = max(2 * num_masks(architecture) * ADAM_COPIES, maps)
     trained += architecture.num_parameters * ADAM_COPIES if work.trains_weights else 0
     kept = work.tokens * (activation_bytes_per_token(architecture, work) + 3 * 4 * hidden)

@@ -31,18 +31,56 @@ def optimizer_over(matrix: torch.nn.Parameter, vector: torch.nn.Parameter) -> Or
     return OrthogonalAdamW([orthogonal, {"params": [vector], "lr": 0.1}])
 
 
-def test_matrices_move_by_the_learning_rate() -> None:
-    """On average by its length, every so many steps, and against the gradient."""
+def scattered(num: int, left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of mean zero whose rows and columns scatter as these factors say."""
     torch.manual_seed(0)
-    gradient = torch.randn(24, 30)
-    matrix, vector = (torch.nn.Parameter(torch.zeros(n)) for n in ((24, 30), (24,)))
+    return [left @ torch.randn(len(left), len(right)) @ right.T for _ in range(num)]
+
+
+def graded(size: int) -> torch.Tensor:
+    """A mixture of directions of which some are ten times the others."""
+    mixing, _ = torch.linalg.qr(torch.randn(size, size))
+    return mixing * torch.logspace(-0.5, 0.5, size)
+
+
+def moved(gradients: list[torch.Tensor], last: torch.Tensor) -> torch.Tensor:
+    """What a matrix does that sees these gradients, and then so many of another alone."""
+    matrix, vector = (torch.nn.Parameter(torch.zeros(n)) for n in (last.shape, (3,)))
     optimizer = optimizer_over(matrix, vector)
-    for _ in range(2 * EVERY):
-        matrix.grad, vector.grad = gradient.clone(), torch.ones(24)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for gradient in gradients:
+        matrix.grad = gradient.clone()
+        optimizer.step()
+    optimizer.state[matrix]["mean"].copy_(last)  # as many more steps would make it
+    optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(EVERY):
+        matrix.grad = last.clone()
         optimizer.step()
         assert matrix.grad is None
-    assert torch.linalg.matrix_norm(matrix.detach(), 2) == pytest.approx(0.02 * EVERY, rel=0.2)
-    assert (matrix * gradient).sum() < 0
+    return matrix.detach()
+
+
+def test_steps_have_one_length_where_the_loss_is_curved_alike() -> None:
+    """In coordinates that gradients scatter in alike, and against the gradient."""
+    torch.manual_seed(1)
+    left, right, last = graded(24), graded(30), torch.randn(24, 30)
+    step = moved(scattered(128 * EVERY, left, right), last)
+    scale = (left.square().mean() * 24 * right.square().mean() * 30).sqrt()
+    lengths = torch.linalg.svdvals(left.T @ step @ right) / scale
+    assert lengths.max() < 0.01 * EVERY * 1.6 and lengths.min() > 0.01 * EVERY * 0.2
+    assert (step * last).sum() < 0
+
+
+def test_where_gradients_scatter_alike_steps_have_the_learning_rate() -> None:
+    last = torch.randn(24, 30)
+    step = moved(scattered(128 * EVERY, torch.eye(24), torch.eye(30)), last)
+    assert torch.linalg.matrix_norm(step, 2) == pytest.approx(0.01 * EVERY, rel=0.3)
+
+
+def test_a_gradient_that_is_no_number_is_left_to_the_loop() -> None:
+    """It says which step it was and what to do; a decomposition would fail without that."""
+    step = moved([torch.full((3, 4), torch.nan)] * EVERY, torch.ones(3, 4))
+    assert not torch.isfinite(step).all()
 
 
 def test_the_rest_is_adamw() -> None:
