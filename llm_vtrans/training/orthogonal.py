@@ -90,7 +90,7 @@ class OrthogonalAdamW(torch.optim.AdamW):
             state["mean"].lerp_(gradient, 1 - MOMENTUM)
         if sums:
             shared = self.state[matrices[0]]
-            _observe(shared, [total / len(matrices) for total in sums])
+            _observe(shared, sums)
             left, right = (_quick(shared[f"{side}_inverse"]) for side in SIDES)
             for matrix in matrices:
                 ahead = _quick(_gradient(matrix).lerp(self.state[matrix]["mean"], MOMENTUM))
@@ -123,10 +123,12 @@ def _observe(shared: dict[str, Tensor], moments: Sequence[Tensor]) -> None:
     Args:
         shared: `left` and `right`, means of the moments so far, and for both the inverse of its
             factor, made again whenever the number of observations has doubled.
-        moments: of one step, left and right.
+        moments: of one step, left and right, sums over the matrices.
     """
     number = int(shared["step"]) // EVERY
-    for side, moment in zip(SIDES, moments, strict=True):
+    for side, total in zip(SIDES, moments, strict=True):
+        # Not their number: matrices of what went have gradients of zero, or none.
+        moment = total / total.diagonal().mean().clamp(min=TINY)
         shared[side] = shared[side].lerp(moment, 1 / number) if side in shared else moment
         if number & (number - 1) == 0:
             shared[f"{side}_inverse"] = _whitening(shared[side])
