@@ -71,9 +71,7 @@ class OrthogonalAdamW(torch.optim.AdamW):
         """Takes a step; gradients of matrices that took theirs are gone then."""
         for group in self.param_groups:
             if group.get("is_orthogonal"):
-                matrices = [m for m in group["params"] if m.grad is not None]
-                if matrices:
-                    self._move(matrices, group["lr"])
+                self._move([m for m in group["params"] if m.grad is not None], group["lr"])
         return super().step(closure)
 
     @torch.no_grad()
@@ -86,14 +84,13 @@ class OrthogonalAdamW(torch.optim.AdamW):
                 state["step"] = torch.tensor(0)
                 state["mean"] = torch.zeros_like(matrix)
             state["step"] += 1
-            if _is_told(state):
+            if state["step"] % EVERY == 0:
                 seen = _moments(gradient - state["mean"])
                 sums = [a + b for a, b in zip(sums, seen, strict=True)] if sums else seen
             state["mean"].lerp_(gradient, 1 - MOMENTUM)
-        shared = self.state[matrices[0]]
         if sums:
+            shared = self.state[matrices[0]]
             _observe(shared, sums)
-        if shared["step"] % EVERY == 0:
             left, right = (_quick(shared[f"{side}_inverse"]) for side in SIDES)
             for matrix in matrices:
                 ahead = _quick(_gradient(matrix).lerp(self.state[matrix]["mean"], MOMENTUM))
@@ -120,25 +117,21 @@ def _moments(gradient: Tensor) -> list[Tensor]:
     return [len(moment) * moment.float() for moment in moments]
 
 
-def _is_told(state: dict[str, Any]) -> bool:
-    """Whether gradients tell of the curvature: whenever the number of steps has doubled."""
-    number, rest = divmod(int(state["step"]), EVERY)
-    return rest == 0 and number & (number - 1) == 0
-
-
-def _observe(shared: dict[str, Tensor], sums: Sequence[Tensor]) -> None:
-    """Adds to what a group's gradients have told.
+def _observe(shared: dict[str, Tensor], moments: Sequence[Tensor]) -> None:
+    """Adds to what a group's gradients say of the curvature.
 
     Args:
-        shared: `left` and `right`, means of the moments so far, and inverses of their factors.
-        sums: of the matrices' moments, left and right.
+        shared: `left` and `right`, means of the moments so far, and for both the inverse of its
+            factor, made again whenever the number of observations has doubled.
+        moments: of one step, left and right, sums over the matrices.
     """
-    number = (int(shared["step"]) // EVERY).bit_length()
-    for side, total in zip(SIDES, sums, strict=True):
+    number = int(shared["step"]) // EVERY
+    for side, total in zip(SIDES, moments, strict=True):
         # Not their number: matrices of what went have gradients of zero, or none.
         moment = total / total.diagonal().mean().clamp(min=TINY)
         shared[side] = shared[side].lerp(moment, 1 / number) if side in shared else moment
-        shared[f"{side}_inverse"] = _whitening(shared[side])
+        if number & (number - 1) == 0:
+            shared[f"{side}_inverse"] = _whitening(shared[side])
 
 
 def _whitening(moment: Tensor) -> Tensor:

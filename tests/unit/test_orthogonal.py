@@ -26,14 +26,15 @@ def test_no_gradient_moves_nothing() -> None:
     assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
 
 
-def optimizer_over(
-    matrix: torch.nn.Parameter, vector: torch.nn.Parameter, *others: torch.nn.Parameter
-) -> OrthogonalAdamW:
-    orthogonal = {"params": [matrix, *others], "lr": 0.01, "is_orthogonal": True}
+def optimizer_over(matrix: torch.nn.Parameter, vector: torch.nn.Parameter) -> OrthogonalAdamW:
+    orthogonal = {"params": [matrix], "lr": 0.01, "is_orthogonal": True}
     return OrthogonalAdamW([orthogonal, {"params": [vector], "lr": 0.1}])
 
 
-NUM_SHARING = 32
+def scattered(num: int, left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of mean zero whose rows and columns scatter as these factors say."""
+    torch.manual_seed(0)
+    return [left @ torch.randn(len(left), len(right)) @ right.T for _ in range(num)]
 
 
 def graded(size: int) -> torch.Tensor:
@@ -42,18 +43,13 @@ def graded(size: int) -> torch.Tensor:
     return mixing * torch.logspace(-0.5, 0.5, size)
 
 
-def moved(left: torch.Tensor, right: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """What one of many matrices does whose mean gradient has become `last`.
-
-    Until then all saw gradients whose rows and columns scatter as the factors say.
-    """
+def moved(gradients: list[torch.Tensor], last: torch.Tensor) -> torch.Tensor:
+    """What a matrix does that sees these gradients, and then so many of another alone."""
     matrix, vector = (torch.nn.Parameter(torch.zeros(n)) for n in (last.shape, (3,)))
-    others = [torch.nn.Parameter(torch.zeros(last.shape)) for _ in range(NUM_SHARING - 1)]
-    optimizer = optimizer_over(matrix, vector, *others)
+    optimizer = optimizer_over(matrix, vector)
     optimizer.param_groups[0]["lr"] = 0.0
-    for _ in range(16 * EVERY):
-        for one in (matrix, *others):
-            one.grad = left @ torch.randn(len(left), len(right)) @ right.T
+    for gradient in gradients:
+        matrix.grad = gradient.clone()
         optimizer.step()
     optimizer.state[matrix]["mean"].copy_(last)  # as many more steps would make it
     optimizer.param_groups[0]["lr"] = 0.01
@@ -68,7 +64,7 @@ def test_steps_have_one_length_where_the_loss_is_curved_alike() -> None:
     """In coordinates that gradients scatter in alike, and against the gradient."""
     torch.manual_seed(1)
     left, right, last = graded(24), graded(30), torch.randn(24, 30)
-    step = moved(left, right, last)
+    step = moved(scattered(128 * EVERY, left, right), last)
     scale = (left.square().mean() * 24 * right.square().mean() * 30).sqrt()
     lengths = torch.linalg.svdvals(left.T @ step @ right) / scale
     assert lengths.max() < 0.01 * EVERY * 1.6 and lengths.min() > 0.01 * EVERY * 0.2
@@ -76,15 +72,14 @@ def test_steps_have_one_length_where_the_loss_is_curved_alike() -> None:
 
 
 def test_where_gradients_scatter_alike_steps_have_the_learning_rate() -> None:
-    torch.manual_seed(0)
     last = torch.randn(24, 30)
-    step = moved(torch.eye(24), torch.eye(30), last)
+    step = moved(scattered(128 * EVERY, torch.eye(24), torch.eye(30)), last)
     assert torch.linalg.matrix_norm(step, 2) == pytest.approx(0.01 * EVERY, rel=0.3)
 
 
 def test_a_gradient_that_is_no_number_is_left_to_the_loop() -> None:
     """It says which step it was and what to do; a decomposition would fail without that."""
-    step = moved(torch.full((3, 3), torch.nan), torch.eye(4), torch.ones(3, 4))
+    step = moved([torch.full((3, 4), torch.nan)] * EVERY, torch.ones(3, 4))
     assert not torch.isfinite(step).all()
 
 
