@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_vtrans.basis.moments import add_moment
+
 EVERY = 2  # steps of training for a step of the maps
 MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov's look ahead
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values of 0.03 to 1 end near one
@@ -77,7 +79,7 @@ class OrthogonalAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _move(self, matrices: list[Tensor], length: float) -> None:
         """Takes the step of matrices that share moments, if it is time."""
-        sums: list[Tensor] = []
+        moments: list[Tensor] = []
         for matrix in matrices:
             state, gradient = self.state[matrix], _gradient(matrix)
             if not state:
@@ -85,12 +87,12 @@ class OrthogonalAdamW(torch.optim.AdamW):
                 state["mean"] = torch.zeros_like(matrix)
             state["step"] += 1
             if state["step"] % EVERY == 0:
-                seen = _moments(gradient - state["mean"])
-                sums = [a + b for a, b in zip(sums, seen, strict=True)] if sums else seen
+                moments = moments or [gradient.new_zeros(n, n) for n in gradient.shape]
+                _add_moments(moments, gradient - state["mean"])
             state["mean"].lerp_(gradient, 1 - MOMENTUM)
-        if sums:
+        if moments:
             shared = self.state[matrices[0]]
-            _observe(shared, sums)
+            _observe(shared, moments)
             left, right = (_quick(shared[f"{side}_inverse"]) for side in SIDES)
             for matrix in matrices:
                 ahead = _quick(_gradient(matrix).lerp(self.state[matrix]["mean"], MOMENTUM))
@@ -110,11 +112,11 @@ def _quick(matrix: Tensor) -> Tensor:
     return matrix if matrix.device.type == "cpu" else matrix.bfloat16()
 
 
-def _moments(gradient: Tensor) -> list[Tensor]:
-    """`G G^T` and `G^T G`, each of a mean diagonal of one (or zero), float32."""
+def _add_moments(moments: Sequence[Tensor], gradient: Tensor) -> None:
+    """Adds `G G^T` and `G^T G` of a gradient, scaled to a norm of one."""
     gradient = _quick(gradient / gradient.norm().clamp(min=TINY))
-    moments = gradient @ gradient.T, gradient.T @ gradient
-    return [len(moment) * moment.float() for moment in moments]
+    for total, rows in zip(moments, (gradient.T, gradient), strict=True):
+        add_moment(total, rows, rows)
 
 
 def _observe(shared: dict[str, Tensor], moments: Sequence[Tensor]) -> None:
