@@ -74,14 +74,24 @@ class Basis:
             assert columns is not None
             return rotate_tensor(weight, spec, columns[:, kept], norm_weight)
         if columns is not None and (spec.is_write or spec.stream is Stream.READS):
-            return _along_hidden(weight, spec, columns[:, kept])
+            weight = _along_hidden(weight, spec, columns[:, kept])
+            return select_hidden(weight, spec, kept, spec.dim_of(Axis.HIDDEN))
         return select_hidden(weight, spec, kept)
 
 
-def select_hidden(weight: Tensor, spec: TensorSpec, kept: Tensor) -> Tensor:
-    """The entries of kept hidden dimensions, wherever a tensor has that axis."""
+def select_hidden(
+    weight: Tensor, spec: TensorSpec, kept: Tensor, done: int | None = None
+) -> Tensor:
+    """The entries of kept hidden dimensions, wherever a tensor has that axis.
+
+    Args:
+        weight: any float dtype.
+        spec: its row of the table.
+        kept: `(num_kept,)`.
+        done: a dimension that holds them already.
+    """
     for index, dim in enumerate(spec.dims):
-        if dim.axis is Axis.HIDDEN:
+        if dim.axis is Axis.HIDDEN and index != done:
             weight = weight.index_select(index, kept.to(weight.device))
     return weight
 

@@ -155,8 +155,12 @@ class TensorSpec:
         return layer * len(Sublayer) + self.sublayer.order
 
     def dim_of(self, axis: Axis) -> int | None:
-        """Index of the first dimension that belongs to `axis`, or None."""
-        return next((i for i, dim in enumerate(self.dims) if dim.axis is axis), None)
+        """Index of the dimension that belongs to `axis`, or None.
+
+        A head's layer may be as wide as the stream: what it reads comes last.
+        """
+        found = [i for i, dim in enumerate(self.dims) if dim.axis is axis]
+        return found[-1] if found else None
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class MaskedModel(nn.Module):
 
     def __init__(self, model: nn.Module, architecture: Architecture, tuning: Tuning | None = None):
         super().__init__()
-        self.architecture = architecture
+        self.architecture, self._is_post_norm = architecture, architecture.is_post_norm
         # Not one of this module's own: ZeRO-3 would slice it with the weights.
         self._tuning = [tuning or Tuning(architecture, is_rotated=False, is_empty=True)]
         self._whole: list[Any] = [model]
@@ -92,6 +92,10 @@ class MaskedModel(nn.Module):
             path, _, leaf = name.rpartition(".")
             if leaf == "weight":
                 self._hook(path, spec, layer)
+        tied = self.architecture.tied_head
+        if tied is not None and self._is_post_norm:
+            module = model.get_submodule(tied.rpartition(".")[0])
+            module.register_forward_pre_hook(self._map_taken)
 
     def run(self, model: nn.Module, alive: Alive | None = None) -> None:
         """Makes a network that gates were hooked onto the one that is run."""
@@ -177,7 +181,7 @@ class MaskedModel(nn.Module):
             return
         if spec.stream is Stream.TAKES:
             module.register_forward_pre_hook(self._keep_present)
-        if spec.stream is Stream.READS and self.architecture.is_post_norm:
+        if spec.stream is Stream.READS and self._is_post_norm:
             module.register_forward_pre_hook(self._map_input(spec, layer))
         for dim in spec.dims:
             for block, role in enumerate(dim.roles):
@@ -306,7 +310,8 @@ class MaskedModel(nn.Module):
 
     def _read(self, normal: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
         """What readers behind a norm get from its output."""
-        matrix = self._map(spec, layer)
+        # Behind post-norms there are none but in heads, whose readers map what they take.
+        matrix = None if self._is_post_norm else self._map(spec, layer)
         if matrix is None:
             return normal
         kept = (self._gates or {}).get(KEPT_HIDDEN)
@@ -335,6 +340,13 @@ class MaskedModel(nn.Module):
         if self._gates is None or PRESENT_HIDDEN not in self._gates:
             return None
         return (apply_gate(args[0], self._gates[PRESENT_HIDDEN]), *args[1:])
+
+    def _map_taken(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What a head takes whose matrix is the embeddings' table, and so has their map."""
+        matrix = self._map(self.architecture.embedding, None)
+        if self._gates is None or matrix is None:
+            return None
+        return (map_read(args[0], matrix.T, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
     def _projector(self, role: Role, layer: int | None) -> Tensor | None:
         name = PROJECTORS[role]

@@ -40,10 +40,10 @@ class Tuning(nn.Module):
     """Maps of the residual stream and factors at every gate, float32, at first the identity.
 
     With a kept set `K` of hidden dimensions, what writes becomes `(map @ W)[K]` and what reads
-    `W @ map[:, K]`. Sub-layers always have maps; embeddings and head where the stream was rotated,
-    or where they are one table. Then the head reads through the embedding's map, transposed; after
+    `W @ map[:, K]`. A head that is the embeddings' table reads through their map, transposed; after
     a rotation, where the tuning does not act, through the final norm's own matrix in the new basis
     (`tie`): only then it is the dense head. What the final norm adds is trained there, too.
+    Where that table stands behind a layer of the head's own, this one has a map as all heads have.
 
     They act where gates are set and `is_on` is. Once `K` is settled, the rest of them goes.
 
@@ -57,15 +57,13 @@ class Tuning(nn.Module):
         super().__init__()
         self._size = architecture.num_units[Axis.HIDDEN]
         self._kept: Tensor | None = None  # indices of hidden dimensions, once they are settled
-        self._is_tied = architecture.tied_head is not None and not architecture.is_post_norm
+        self._is_tied = _reads_through_table(architecture)
         self.final_norm: FinalNorm | None = None  # by `tie`
         final = architecture.final_norm.rpartition(".")[0]
         self._final_scale, self._final_shift = (scale_name(final, s) for s in (OUTPUT, SHIFT))
-        places = {Place.WRITE, Place.READ}
-        if self._is_tied:
-            places.add(Place.START)
-        elif is_rotated:
-            places |= {Place.START, Place.END}
+        places = {Place.START, Place.WRITE, Place.READ}
+        if not self._is_tied:
+            places.add(Place.END)
         self._sublayers_per_map = sublayers_per_map(architecture)
         self.maps = nn.ParameterDict(
             {
@@ -87,8 +85,8 @@ class Tuning(nn.Module):
 
     @property
     def moves_stream(self) -> bool:
-        """Whether the stream has another basis than without, from what embeddings write on."""
-        return self.is_on and Place.START in self.maps
+        """Whether the stream has another basis than without: oblique, after a rotation."""
+        return self.is_on and self.is_rotated
 
     def scale(self, module: str, side: str) -> Tensor | None:
         """Factors at one side of a module, `(width,)`, or one for each of its heads."""
@@ -252,8 +250,8 @@ class Tuning(nn.Module):
 
 
 def num_maps(architecture: Architecture) -> int:
-    """Maps of a network whose stream was rotated."""
-    num_ends = 2 if architecture.tied_head is None else 1
+    """Maps of embeddings, sub-layers and head."""
+    num_ends = 1 if _reads_through_table(architecture) else 2
     return num_ends + 2 * -(-_num_sublayers(architecture) // sublayers_per_map(architecture))
 
 
@@ -263,6 +261,11 @@ def sublayers_per_map(architecture: Architecture) -> int:
     num = numbers / architecture.num_units[Axis.HIDDEN] ** 2
     num_groups = max(1, int(num - 2) // 2)  # beside embeddings and head
     return -(-_num_sublayers(architecture) // num_groups)
+
+
+def _reads_through_table(architecture: Architecture) -> bool:
+    """Whether what reads the stream last is the embeddings' table."""
+    return architecture.tied_head is not None and not architecture.is_post_norm
 
 
 def _num_sublayers(architecture: Architecture) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.basis.head_basis import PREFIX, HeadBasis
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.shard_writer import file_parts
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN
@@ -123,7 +123,8 @@ def read_found(folder: Path, source: Source) -> Found:
     masks = read_masks(folder, source.checkpoint.sha256)
     plan, rotation = saved_plan(masks), masks.get("rotation")
     tuning = Tuning(source.architecture, is_rotated=rotation is not None)
-    tuning.recall(load_file(folder / TUNING_FILE), plan.hard().get(KEPT_HIDDEN))
+    with blame(folder / TUNING_FILE, "it is damaged or of another version: prune again"):
+        tuning.recall(load_file(folder / TUNING_FILE), plan.hard().get(KEPT_HIDDEN))
     return Found(rotation, plan, tuning)
 
 

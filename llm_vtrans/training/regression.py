@@ -166,5 +166,5 @@ def _read(
 
 def _tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of what is no padding, `(tokens, hidden_size)`."""
-    rows = stream.flatten(0, -2)
-    return rows if mask is None else rows[mask.flatten() > 0]
+    rows = stream.flatten(0, -2)  # a head may read but one of every sequence
+    return rows if mask is None or stream.dim() == 2 else rows[mask.flatten() > 0]

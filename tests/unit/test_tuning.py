@@ -19,7 +19,7 @@ from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.tune import TuneObjective
 from tests.tiny import CONFIGS, VOCAB_SIZE, tiny_model
 
-LANGUAGE_MODELS = ["llama", "llama-tied", "llama-bias", "qwen3", "gemma", "gpt2"]
+LANGUAGE_MODELS = ["llama", "llama-tied", "llama-bias", "qwen3", "gemma", "gpt2", "bert-mlm"]
 
 
 def architecture_of(name: str) -> Architecture:
@@ -146,7 +146,9 @@ def test_sublayers_share_maps_as_far_as_they_must(
     assert len(fresh("llama").maps) == num_maps(architecture_of("llama")) == num
     assert len(fresh("llama-tied").maps) == num_maps(architecture_of("llama-tied")) == num - 1
     assert len(fresh("gpt2").maps) == num - 1  # one table
-    assert len(fresh("gpt2-untied").maps) == num - 2
+    assert len(fresh("gpt2-untied").maps) == num
+    for name in ("bert-mlm", "bert-classify"):
+        assert len(fresh(name).maps) == num_maps(architecture_of(name)) == num
 
 
 @given(st.integers(2, 6), st.data())
