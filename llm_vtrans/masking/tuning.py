@@ -240,11 +240,11 @@ class Tuning(nn.Module):
         scales += [] if self.shift is None else [self.shift]
         signal = math.sqrt(num_tokens / (num_tokens + TOKENS_PER_DIMENSION * self._size))
         rate = MAP_LEARNING_RATE * signal * distance
-        writing = [matrix for name, matrix in self.maps.items() if _writes(name)]
-        reading = [matrix for name, matrix in self.maps.items() if not _writes(name)]
-        sides = [maps for maps in (writing, reading) if maps]
+        maps: dict[Place, list[Tensor]] = {}
+        for name, matrix in self.maps.items():
+            maps.setdefault(_place(name), []).append(matrix)
         return [
-            *({"params": maps, "peak": rate, "is_orthogonal": True} for maps in sides),
+            *({"params": m, "peak": rate, "is_orthogonal": True} for m in maps.values()),
             {"params": scales, "peak": SCALE_LEARNING_RATE * distance},
         ]
 
@@ -272,9 +272,14 @@ def _num_sublayers(architecture: Architecture) -> int:
     return len(Sublayer) * architecture.num_layers
 
 
+def _place(name: str) -> Place:
+    """Where a map is, by its key."""
+    return next(place for place in Place if name.startswith(place))
+
+
 def _writes(name: str) -> bool:
     """Whether a map stands behind what writes to the stream."""
-    return name.startswith((Place.START.value, Place.WRITE.value))
+    return _place(name) in (Place.START, Place.WRITE)
 
 
 def _side(name: str) -> int:

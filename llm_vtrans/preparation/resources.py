@@ -24,7 +24,7 @@ QUANTISED_PROCESS_BYTES = int(0.1 * GIB)  # bitsandbytes when it is loaded
 ADAM_COPIES = 4  # what is trained, its gradient and two moments
 MAP_COPIES = 3  # a map, its gradient and the mean of these
 STEP_COPIES = 10  # of a single map, while it takes a step
-MOMENT_COPIES = 8  # of one: second moments on both sides of what writes and reads, and inverses
+MOMENT_COPIES = 16  # of one: second moments on both sides of maps in four places, and inverses
 BYTES_4BIT = 0.5 + 1 / 16  # a float32 scale for each block of 64
 
 

@@ -11,7 +11,7 @@ With `L = A A^T` and `R = B B^T` the step is
 
     A^-T orth(A^-1 G B^-T) B^-1
 
-Maps on one side of the stream share `L` and `R`, so that few steps tell them. The mean gradient
+Maps in one kind of place share `L` and `R`, so that few steps tell them. The mean gradient
 hardly changes within two steps, so one step of twice the length comes nearly to the same for half
 of the work.
 """

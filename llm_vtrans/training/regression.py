@@ -112,7 +112,7 @@ def _regression(gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
 def _places(masked: MaskedModel, gates: Gates) -> dict[str, str]:
     """Module whose output or, behind post-norms, input is read -> name of the map that it meets.
 
-    Sub-layers that went read nothing.
+    Sub-layers that went read nothing; heads that read one token of a sequence, too few to tell.
     """
     architecture, tuning = masked.architecture, masked.tuning
     stream = Stream.READS if architecture.is_post_norm else Stream.SCALES
@@ -126,7 +126,8 @@ def _places(masked: MaskedModel, gates: Gates) -> dict[str, str]:
     found = {}
     for name, (spec, layer) in architecture.named_tensors().items():
         path, _, leaf = name.rpartition(".")
-        if spec.stream is stream and leaf == "weight" and not is_gone(spec, layer):
+        has_tokens = spec.positions is None and not is_gone(spec, layer)
+        if spec.stream is stream and leaf == "weight" and has_tokens:
             map_name = tuning.map_name(spec, layer)
             if map_name in tuning.maps:
                 found[path] = map_name
@@ -166,5 +167,5 @@ def _read(
 
 def _tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of what is no padding, `(tokens, hidden_size)`."""
-    rows = stream.flatten(0, -2)  # a head may read but one of every sequence
-    return rows if mask is None or stream.dim() == 2 else rows[mask.flatten() > 0]
+    rows = stream.flatten(0, -2)
+    return rows if mask is None else rows[mask.flatten() > 0]

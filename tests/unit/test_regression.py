@@ -18,6 +18,7 @@ from tests.tiny import tiny_model
 from tests.unit.test_tuning import architecture_of, fresh, tokens
 
 FAMILIES = ["llama", "qwen3", "gemma", "llama-classify", "gpt2", "bert-mlm", "roberta-classify"]
+TIED = ["qwen3", "gemma", "gpt2"]  # the head has the embeddings' map
 
 
 def pruned(name: str) -> tuple[MaskedModel, dict[str, Tensor]]:
@@ -82,7 +83,9 @@ def test_network_comes_nearer(name: str) -> None:
     assert end < start
     assert measure() == end
     moved = {n for n, matrix in masked.tuning.maps.items() if not torch.equal(matrix, before[n])}
-    assert moved
+    assert any(n.startswith(Place.READ.value) for n in moved)
+    # The classifier of an encoder reads one token of a sequence: too few to tell its map.
+    assert (Place.END in moved) == (name not in ("roberta-classify", *TIED))
     assert all(n.startswith((Place.READ.value, Place.END.value)) for n in moved)
 
 
