@@ -95,7 +95,7 @@ class MaskedModel(nn.Module):
         tied = self.architecture.tied_head
         if tied is not None and self._is_post_norm:
             module = model.get_submodule(tied.rpartition(".")[0])
-            module.register_forward_pre_hook(self._map_taken)
+            module.register_forward_pre_hook(self._map_input(self.architecture.embedding, None))
 
     def run(self, model: nn.Module, alive: Alive | None = None) -> None:
         """Makes a network that gates were hooked onto the one that is run."""
@@ -250,9 +250,12 @@ class MaskedModel(nn.Module):
         return hook
 
     def _map_input(self, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
+        """The map of what reads, or of the embeddings' table where a head takes its input by it."""
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self._gates is None or (matrix := self._map(spec, layer)) is None:
                 return None
+            matrix = matrix.T if spec.is_write else matrix
             return (map_read(args[0], matrix, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
         return hook
@@ -340,13 +343,6 @@ class MaskedModel(nn.Module):
         if self._gates is None or PRESENT_HIDDEN not in self._gates:
             return None
         return (apply_gate(args[0], self._gates[PRESENT_HIDDEN]), *args[1:])
-
-    def _map_taken(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """What a head takes whose matrix is the embeddings' table, and so has their map."""
-        matrix = self._map(self.architecture.embedding, None)
-        if self._gates is None or matrix is None:
-            return None
-        return (map_read(args[0], matrix.T, self._gates.get(KEPT_HIDDEN)), *args[1:])
 
     def _projector(self, role: Role, layer: int | None) -> Tensor | None:
         name = PROJECTORS[role]

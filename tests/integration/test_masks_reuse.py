@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm_vtrans.commands.command import run_command
+from llm_vtrans.errors import UserError
+from llm_vtrans.loading.source import open_source
 from llm_vtrans.prune import prune
+from llm_vtrans.record.masks_file import TUNING_FILE, read_found
 from tests.runs import flags, trained_tensors, write_inputs
 
 
@@ -39,6 +42,18 @@ def test_other_budget_and_layout_from_the_same_masks(
     other = [*reuse, "--prune", "hidden,ffn", "--output", str(tmp_path / "third")]
     assert run_command(prune, other) == 2
     assert "give the same" in capsys.readouterr().err
+
+
+def test_a_tuning_of_another_version_is_told(tmp_path: Path) -> None:
+    given, run = flags(write_inputs(tmp_path)), tmp_path / "run"
+    assert run_command(prune, [*given, "--sparsity", "0.4", "--output", str(run)]) == 0
+    source = open_source(given[given.index("--model") + 1])
+    assert read_found(run, source).tuning.maps
+    tensors = load_file(run / TUNING_FILE)
+    del tensors["maps.start"]
+    save_file(tensors, run / TUNING_FILE)
+    with pytest.raises(UserError, match=r"maps\.start.*another version: prune again"):
+        read_found(run, source)
 
 
 def test_several_budgets_are_the_runs_made_one_by_one(
