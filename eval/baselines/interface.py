@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +75,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a pruning took.
+
+    Attributes:
+        seconds: of wall time.
+        peak_rss: resident memory at most, bytes.
+    """
+
+    seconds: float
+    peak_rss: int
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A pruned model ready to be scored.
 
@@ -85,7 +97,7 @@ class Pruned:
         pruning: plan and rotation behind it.
         added_macs: multiply-accumulates per token that the plan's shape does not show.
         note: what a reader of the table has to know.
-        earlier: seconds and peak memory of work that was done before and is shared.
+        cost: what the pruning took, where a part was done before; None for what this call took.
     """
 
     model: PreTrainedModel
@@ -93,7 +105,7 @@ class Pruned:
     pruning: Pruning
     added_macs: int = 0
     note: str = ""
-    earlier: Mapping[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
 
 
 class Method(Protocol):

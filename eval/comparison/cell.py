@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from eval.baselines import BASELINES, Case, Method, Pruned
-from eval.baselines.interface import round_weights
+from eval.baselines.interface import Cost, round_weights
 from eval.comparison.ours import Ours
 from llm_vtrans.budget.cost import dense_shape, mac_cost, parameter_cost
 from llm_vtrans.errors import UserError
@@ -171,6 +171,7 @@ def _measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     tokens = load_file(windows_file(settings, cell.inputs))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
+    took = Cost(0.0, 0)
     with tempfile.TemporaryDirectory(dir=settings.output, prefix=SCRATCH_PREFIX) as scratch:
         if cell.method == DENSE:
             num_params = parameter_cost(source.architecture).of(dense_shape(source.architecture))
@@ -195,16 +196,17 @@ def _measure(cell: Cell, settings: Settings) -> dict[str, Any]:
             )
             pruned = method.prune(case)
             model, num_params = pruned.model, pruned.num_params
+            if pruned.cost is not None:
+                took, start = pruned.cost, time.perf_counter()
             if cell.recovery != NO_RECOVERY:
                 model = _recover(cell.recovery, case, pruned, tokens["train"])
             macs, details = _macs(pruned, settings.context_length), _details(pruned)
-    seconds = time.perf_counter() - start + details.pop("earlier_seconds", 0.0)
-    peak = max(peak_rss(), details.pop("earlier_peak_rss", 0))
+    seconds = took.seconds + time.perf_counter() - start
     return {
         "num_params": num_params,
         "macs": macs,
         "seconds": seconds,
-        "peak_rss": peak,
+        "peak_rss": max(took.peak_rss, peak_rss()),
         **details,
         "perplexity": _perplexities(model, tokens, settings),
         "tasks": _tasks(model, source, settings),
@@ -228,7 +230,7 @@ def _macs(pruned: Pruned, seq_len: int) -> int:
 def _details(pruned: Pruned) -> dict[str, Any]:
     shape = pruned.pruning.plan.shape
     kept = {"hidden": shape.hidden, "heads": list(shape.heads), "ffn": list(shape.ffn)}
-    return {"kept": kept, "note": pruned.note, **pruned.earlier}
+    return {"kept": kept, "note": pruned.note}
 
 
 def _perplexities(

@@ -1,9 +1,10 @@
 """The product as one method of the comparison: its own job, in full, on the comparison's samples.
 
 All options but those that every method shares are at their defaults. One training for each seed
-and layout, at `TRAINED_AT`; every other budget is allocated and exported from those masks
-(`--masks`), but for the ablation that has a training for each. The training's seconds and memory
-count in every cell that rests on it.
+and layout, at `TRAINED_AT`; every other budget is allocated, tuned and exported from those masks
+(`--masks`), but for the ablation that has a training for each. What comes out stays, so that
+every recovery starts from the same. What a result took counts in every cell that rests on it, the
+training too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.baselines.interface import Case, Pruned, load_pruned
+from eval.baselines.interface import Case, Cost, Pruned, load_pruned
 from eval.comparison.ablations import ABLATIONS, Ablation
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.prune import prune
@@ -34,7 +35,7 @@ class Ours:
         data: calibration text.
         samples: calibration windows.
         seq_len: tokens in one.
-        folder: of the trainings; they outlive a cell.
+        folder: of trainings and results; they outlive a cell.
         lever: what is taken away from it, a name of `ABLATIONS`; None for all as it is.
     """
 
@@ -48,7 +49,7 @@ class Ours:
     is_plain: bool = True
 
     def prune(self, case: Case) -> Pruned:
-        """Trains the masks unless an earlier cell did, exports this budget, loads the result."""
+        """Trains and exports what no earlier cell did, and loads the result."""
         layout = "stock" if case.is_uniform else "per-layer"
         ablation = ABLATIONS[self.lever] if self.lever else Ablation()
         common = [
@@ -61,23 +62,21 @@ class Ours:
         deciding = [case.source.checkpoint.sha256, versions(), *common[2:], self.lever, trained_at]
         digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
         trained = self.folder / f"seed{case.seed}-{layout}-{digest}"
-        if not (trained / MANIFEST_FILE).is_file():
-            start = ["--sparsity", str(trained_at), "--output", str(trained), "--resume"]
-            prune([*common, *start], ablation.kind)
-        result = trained
+        runs = {trained: ["--sparsity", str(trained_at)]}
         if case.sparsity != trained_at:
-            result = case.folder / "result"
             reuse = ["--masks", str(trained), "--sparsity", str(case.sparsity)]
-            prune([*common, *reuse, "--output", str(result)], ablation.kind)
-        manifest = json.loads((result / MANIFEST_FILE).read_text())
-        training = json.loads((trained / MANIFEST_FILE).read_text())["phases"]
-        seconds = sum(p["seconds"] for name, p in training.items() if name != MEASURING)
-        peak = max(phase["peak_rss"] for phase in training.values())
+            runs[self.folder / f"{trained.name}-{case.sparsity:g}"] = reuse
+        phases = []
+        for result, options in runs.items():
+            if not (result / MANIFEST_FILE).is_file():
+                prune([*common, *options, "--output", str(result), "--resume"], ablation.kind)
+            manifest = json.loads((result / MANIFEST_FILE).read_text())
+            phases += [took for name, took in manifest["phases"].items() if name != MEASURING]
         return Pruned(
             load_pruned(result, case.device),
             manifest["params"]["after"],
             read_pruning(case, result),
-            earlier={"earlier_seconds": seconds, "earlier_peak_rss": peak},
+            cost=Cost(sum(p["seconds"] for p in phases), max(p["peak_rss"] for p in phases)),
         )
 
 

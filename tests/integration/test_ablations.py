@@ -98,7 +98,8 @@ def test_without_rehearsal(
 
 def test_a_training_for_each_size(inputs: Path, tmp_path: Path) -> None:
     source = open_source(str(inputs / "model"))
-    trainings = {}
+    trainings: dict[str, set[float]] = {}
+    costs, seconds = {}, {}
     for name in ("ours", "ours-no-reuse"):
         folder = tmp_path / name
         lever = None if name == "ours" else name
@@ -109,6 +110,15 @@ def test_a_training_for_each_size(inputs: Path, tmp_path: Path) -> None:
             case = Case(source, windows, windows, sparsity, True, 0, scratch, torch.device("cpu"))
             pruned = ours.prune(case)
             assert pruned.num_params <= (1 - sparsity) * source.architecture.num_parameters
-        found = [json.loads((run / "vtrans.json").read_text()) for run in folder.iterdir()]
-        trainings[name] = sorted(manifest["settings"]["sparsity"] for manifest in found)
-    assert trainings == {"ours": [0.5], "ours-no-reuse": [0.3, 0.5]}
+            costs[name, sparsity] = pruned.cost
+        for manifest in (json.loads((run / "vtrans.json").read_text()) for run in folder.iterdir()):
+            settings, phases = manifest["settings"], manifest["phases"]
+            if settings["masks"] is None:
+                trainings.setdefault(name, set()).add(settings["sparsity"])
+            took = [
+                phase["seconds"] for phase_name, phase in phases.items() if phase_name != "score"
+            ]
+            seconds[name, settings["sparsity"]] = sum(took)
+    assert trainings == {"ours": {0.5}, "ours-no-reuse": {0.3, 0.5}}
+    seconds["ours", 0.3] += seconds["ours", 0.5]  # which gave the masks
+    assert {key: cost.seconds for key, cost in costs.items()} == pytest.approx(seconds)
