@@ -235,17 +235,9 @@ class MaskedModel(nn.Module):
     def _tune_norm(self, path: str, spec: TensorSpec, layer: int | None) -> Callable[..., Any]:
         """Factors of an RMSNorm, and the map in front of what reads the stream."""
 
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            if self._gates is None:
-                return self._read(output, spec, layer)
-            matrix = self._map(spec, layer)
-            scale = self.tuning.scale(path, OUTPUT)
-            if matrix is None:
-                return None if scale is None else apply_gate(output, scale)
-            kept = self._gates.get(KEPT_HIDDEN)
-            if scale is not None:  # on the matrix, which is small: activations are not
-                matrix = apply_gate(matrix, _select(scale, kept))
-            return map_read(output, matrix, kept)
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            scale = None if self._gates is None else self.tuning.scale(path, OUTPUT)
+            return self._read(output, spec, layer, scale)
 
         return hook
 
@@ -311,13 +303,17 @@ class MaskedModel(nn.Module):
 
         return hook
 
-    def _read(self, normal: Tensor, spec: TensorSpec, layer: int | None) -> Tensor:
-        """What readers behind a norm get from its output."""
+    def _read(
+        self, normal: Tensor, spec: TensorSpec, layer: int | None, scale: Tensor | None = None
+    ) -> Tensor:
+        """What readers behind a norm get from its output, times what it still lacks."""
         # Behind post-norms there are none but in heads, whose readers map what they take.
         matrix = None if self._is_post_norm else self._map(spec, layer)
         if matrix is None:
-            return normal
+            return normal if scale is None else apply_gate(normal, scale)
         kept = (self._gates or {}).get(KEPT_HIDDEN)
+        if scale is not None:  # on the matrix, which is small: activations are not
+            matrix = apply_gate(matrix, _select(scale, kept))
         before, after = (None, None)
         if self.architecture.is_final_norm(spec):
             before, after = self.tuning.shifts(self._gates is not None)
