@@ -200,7 +200,8 @@ class PruneArguments:
     recover: str = _option(
         "none",
         "What the exported network learns from the dense one. least-squares: closed form, layer by "
-        "layer. lora: low-rank adapters, merged (extra `recover`). full: all weights.",
+        "layer, taken if it helps, as with --tune-share 0. lora: low-rank adapters, merged (extra "
+        "`recover`). full: all weights.",
         RECOVERIES,
     )
     recover_steps: int = _option(

@@ -126,7 +126,7 @@ def _run(job: Job) -> RecoveryRun:
 
     return RecoveryRun(
         job.accelerator, settings_of(job.settings, job.recovery_steps), job.dtype,
-        job.args.gradient_checkpointing, report, job.preemption,
+        job.args.gradient_checkpointing, report, job.reporter.say, job.preemption,
     )  # fmt: skip
 
 

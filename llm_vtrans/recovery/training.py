@@ -45,6 +45,7 @@ class RecoveryRun:
         dtype: to compute in.
         recomputes: keep only each layer's input for the backward pass.
         report: called on every rank after each logged step.
+        say: tells people a line.
         preemption: asked after each step whether to stop.
     """
 
@@ -53,6 +54,7 @@ class RecoveryRun:
     dtype: torch.dtype
     recomputes: bool
     report: Callable[[Progress], None]
+    say: Callable[[str], None]
     preemption: Preemption
 
     @classmethod
@@ -66,8 +68,9 @@ class RecoveryRun:
             is_uniform=True,
         )  # fmt: skip
         return cls(
-            Accelerator(), settings, torch.float32, False, lambda progress: None, Preemption()
-        )
+            Accelerator(), settings, torch.float32, False, lambda progress: None,
+            lambda line: None, Preemption(),
+        )  # fmt: skip
 
 
 class Lesson(nn.Module):

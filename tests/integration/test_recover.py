@@ -23,9 +23,12 @@ METHODS = ["least-squares", "full", pytest.param("lora", marks=needs_peft)]
 
 
 def recovering(folder: Path, name: str, *more: str, steps: int = STEPS, half: int = 2) -> list[str]:
-    """Flags of a run with a recovery and a global batch of four."""
+    """Flags of a run with a recovery and a global batch of four.
+
+    Nothing is tuned, as after that least squares would not be taken.
+    """
     trained = () if name == "least-squares" else ("--recover-steps", str(steps))
-    chosen = ("--recover", name, *trained, "--layout", "per-layer", *more)
+    chosen = ("--recover", name, *trained, "--layout", "per-layer", "--tune-share", "0", *more)
     return flags(folder, *chosen, samples=4 * SEARCHED, batch_size=half)
 
 

@@ -1,5 +1,6 @@
 """Least-squares recovery: exact where the pruned inputs suffice, and never worse held out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.basis.rotation import Basis, rotated_architecture
+from llm_vtrans.basis.rotation import Basis, rotate_model, rotated_architecture
 from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning, export_model
@@ -18,11 +19,13 @@ from llm_vtrans.loading.model import load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.recovery.methods import recovery_for
 from llm_vtrans.recovery.methods.least_squares import Moments, recover, solve
+from llm_vtrans.recovery.training import RecoveryRun
 from llm_vtrans.tasks.encoding import Examples
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 WINDOWS = torch.randint(VOCAB_SIZE, (16, 24), generator=torch.Generator().manual_seed(1))
 EXAMPLES = Examples({"input_ids": WINDOWS})
+RUN = RecoveryRun.alone(WINDOWS.shape[1], seed=0)
 
 
 def moments(inputs: torch.Tensor, targets: torch.Tensor) -> Moments:
@@ -103,7 +106,7 @@ def test_recovers_exactly_when_the_inputs_suffice(tmp_path: Path) -> None:
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
     with torch.no_grad():
         expected, before = dense(WINDOWS).logits, pruned(WINDOWS).logits
-        after = recover(dense, pruned, pruning, EXAMPLES)(WINDOWS).logits
+        after = recover(dense, pruned, pruning, EXAMPLES, RUN)(WINDOWS).logits
     scale = expected.abs().max()
     assert (before - expected).abs().max() > 0.05 * scale
     assert (after - expected).abs().max() < 1e-3 * scale
@@ -137,7 +140,7 @@ def test_first_matrix_error_falls(tmp_path: Path, name: str, basis: bool, hidden
     target = target * (hidden / 24) ** 0.5
     before = (attention(pruned) - target).square().sum()
     with torch.no_grad():
-        recover(dense, pruned, pruning, EXAMPLES)
+        recover(dense, pruned, pruning, EXAMPLES, RUN)
     assert (attention(pruned) - target).square().sum() < 0.97 * before
 
 
@@ -147,10 +150,27 @@ def test_unpruned_model_stays_as_it_is(tmp_path: Path) -> None:
     keep = {name: value.bool() for name, value in gate.items() if name != "layers"}
     whole = Pruning(pruning.source, pruning.architecture, PrunePlan(keep, gate))
     copy = AutoModelForCausalLM.from_pretrained(pruning.source.folder, dtype=torch.float32)
-    recover(dense, copy, whole, EXAMPLES)
+    recover(dense, copy, whole, EXAMPLES, RUN)
     with torch.no_grad():
         difference = (copy(WINDOWS).logits - dense(WINDOWS).logits).abs().max()
     assert difference < 1e-4 * dense(WINDOWS).logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias"])
+def test_what_takes_the_answers_away_is_not_taken(tmp_path: Path, name: str) -> None:
+    """Of a network that answers as the dense one does, by other numbers in its stream."""
+    dense, _, pruning = halved(tmp_path, name)
+    whole = complete({"layers": torch.ones(1, 1)}, pruning.architecture)
+    keep = {n: value.bool() for n, value in whole.items() if n != "layers"}
+    pruning = Pruning(pruning.source, pruning.architecture, PrunePlan(keep, whole))
+    other = load_model(open_source(str(pruning.source.folder)), torch.float32, torch.device("cpu"))
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))[0]
+    rotate_model(other, pruning.architecture, basis)
+    before = {n: tensor.clone() for n, tensor in other.state_dict().items()}
+    said: list[str] = []
+    recover(dense, other, pruning, EXAMPLES, replace(RUN, say=said.append))
+    assert all(torch.equal(tensor, before[n]) for n, tensor in other.state_dict().items())
+    assert [line.endswith("on 2 held-out windows: not taken") for line in said] == [True]
 
 
 def test_mistakes_are_told() -> None:

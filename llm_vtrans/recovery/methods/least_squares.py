@@ -11,8 +11,13 @@ where export rotated, restricted to the kept dimensions and scaled as export sca
 are float64; the ridge is the one of least error on windows that did not enter them, and
 where none beats `Wp`, the weight stays.
 
+What a network writes in one place says little about its answers where all of it was trained for
+them together: there the solutions undo more than they bring. So they are taken if the answers on
+those windows come nearer to the dense network's; else the exported weights stay.
+
 Both networks run one layer at a time: what is held beside their weights is the residual
-stream of all windows and what one dense layer writes to it, and the moments of one matrix.
+stream of all windows and what one dense layer writes to it, the moments of one matrix, and on the
+CPU what was exported.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.families.base import Axis, Stream, TensorSpec
 from llm_vtrans.masking.hooks import removed_after
-from llm_vtrans.recovery.training import RecoveryRun
+from llm_vtrans.recovery.training import Lesson, RecoveryRun
 from llm_vtrans.tasks.encoding import Examples
 
 IS_FLOAT32, IS_GENERAL, RUNS_SLICED = True, False, False
@@ -151,12 +156,12 @@ def recover(
     pruned: PreTrainedModel,
     pruning: Pruning,
     examples: Examples,
-    run: RecoveryRun | None = None,
+    run: RecoveryRun,
 ) -> PreTrainedModel:
     """Solves every matrix that writes to the stream inside the layers, first to last.
 
-    The first `NUM_WINDOWS` calibration windows serve, some to choose the ridges; nothing is
-    trained, so that `run` is not used. As `llm_vtrans.recovery.methods.Recover`.
+    The first `NUM_WINDOWS` calibration windows serve, some to choose the ridges and whether the
+    solutions are taken; nothing is trained. As `llm_vtrans.recovery.methods.Recover`.
     """
     windows = examples.tensors["input_ids"][:NUM_WINDOWS]
     dense.eval()
@@ -168,7 +173,43 @@ def recover(
         )
     batch_size = min(MAX_BATCH_SIZE, len(windows) // HELDOUT_SHARE)
     batches = list(windows.to(device).split(batch_size))
-    path = _layers_path(pruning)
+    heldout = [batch for number, batch in enumerate(batches) if _is_heldout(number)]
+    exported = [
+        (writer.pruned, {n: p.to("cpu", copy=True) for n, p in writer.pruned.named_parameters()})
+        for layer in pruning.plan.shape.kept_layers
+        for writer in _writers(dense, pruned, pruning, layer)
+    ]
+    before = _divergence(dense, pruned, heldout)
+    _solve_layers(dense, pruned, pruning, batches)
+    after = _divergence(dense, pruned, heldout)
+    is_nearer = after < before  # not if it is NaN
+    if not is_nearer:
+        for module, weights in exported:
+            module.load_state_dict(weights)
+    run.say(
+        f"least squares: {before:.4f} -> {after:.4f} nats from the dense model on "
+        f"{sum(map(len, heldout))} held-out windows: {'taken' if is_nearer else 'not taken'}"
+    )
+    return pruned
+
+
+def _is_heldout(number: int) -> bool:
+    """Whether a batch is one of those that choose."""
+    return number % HELDOUT_SHARE == HELDOUT_SHARE - 1
+
+
+def _divergence(dense: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
+    """Mean KL of the answers in nats."""
+    lesson = Lesson(dense, pruned, torch.float32)
+    losses = [float(lesson({"input_ids": batch})) for batch in batches]
+    return sum(losses) / len(losses)
+
+
+def _solve_layers(
+    dense: PreTrainedModel, pruned: PreTrainedModel, pruning: Pruning, batches: list[Tensor]
+) -> None:
+    """Solves the matrices in the order of execution, each behind those that are solved."""
+    device, path = batches[0].device, _layers_path(pruning)
     dense_layers, dense_stream = _enter(dense, path, batches)
     pruned_layers, pruned_stream = _enter(pruned, path, batches)
     positions = {layer: i for i, layer in enumerate(pruning.plan.shape.kept_layers)}
@@ -192,7 +233,6 @@ def recover(
                 [partial(pruned_layers.run, layer, stream) for stream in pruned_stream],
             )
         pruned_stream = [pruned_layers.run(layer, stream) for stream in pruned_stream]
-    return pruned
 
 
 def stream_map(
@@ -223,7 +263,7 @@ def _solve_writer(writer: _Writer, targets: list[Tensor], runs: list[Callable[[]
     for number, (target, run) in enumerate(zip(targets, runs, strict=True)):
         with _observed(writer.pruned) as seen:
             run()
-        moments = heldout if number % HELDOUT_SHARE == HELDOUT_SHARE - 1 else train
+        moments = heldout if _is_heldout(number) else train
         moments.add(writer.inputs(seen[0][0]), target)
     writer.write(solve(train, heldout, exported))
 
