@@ -129,6 +129,8 @@ def test_ours_is_the_product(inputs: Path) -> None:
         assert seconds < plain["seconds"]["mean"] and seconds < recovered["seconds"]["mean"]
         assert plain["num_params"]["mean"] == manifest["params"]["after"]
         assert plain["num_params"] == recovered["num_params"]
+    dense, other = (found[key]["num_params"]["mean"] for key in ((0.0, "none"), (0.3, "none")))
+    assert 0.6 * dense < other <= 0.7 * dense
 
 
 @pytest.mark.slow

@@ -19,16 +19,14 @@ from tests.runs import copy_inputs, finish, flags, start, write_inputs
 from tests.unit.test_recovery import needs_peft
 
 SEARCHED, STEPS = 8, 12  # optimizer steps of the masks, and of the recovery
+UNTUNED = ("--tune-share", "0")  # after tuning least squares would not be taken
 METHODS = ["least-squares", "full", pytest.param("lora", marks=needs_peft)]
 
 
 def recovering(folder: Path, name: str, *more: str, steps: int = STEPS, half: int = 2) -> list[str]:
-    """Flags of a run with a recovery and a global batch of four.
-
-    Nothing is tuned, as after that least squares would not be taken.
-    """
+    """Flags of a run with a recovery and a global batch of four."""
     trained = () if name == "least-squares" else ("--recover-steps", str(steps))
-    chosen = ("--recover", name, *trained, "--layout", "per-layer", "--tune-share", "0", *more)
+    chosen = ("--recover", name, *trained, "--layout", "per-layer", *more)
     return flags(folder, *chosen, samples=4 * SEARCHED, batch_size=half)
 
 
@@ -56,7 +54,12 @@ def test_recovered_checkpoint(
     plain: Path, work: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files, names, shapes and dtypes are those of a run without recovery; hashes hold."""
-    assert run_command(prune, recovering(work, name, half=4)) == 0
+    untuned = UNTUNED if name == "least-squares" else ()
+    if untuned:
+        plain = copy_inputs(plain, work / "plain")
+        options = recovering(plain, "none", "--recover-steps", "0", *untuned, half=4)
+        assert run_command(prune, options) == 0
+    assert run_command(prune, recovering(work, name, *untuned, half=4)) == 0
     assert "perplexity before recovery" in capsys.readouterr().out
     out = work / "out"
     assert {p.name for p in out.iterdir()} == {p.name for p in (plain / "out").iterdir()}
@@ -79,7 +82,7 @@ def test_recovered_checkpoint(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, SEARCHED + num_steps + 1))
 
-    again = [*recovering(work, name, half=4), "--resume"]
+    again = [*recovering(work, name, *untuned, half=4), "--resume"]
     assert run_command(prune, again) == 0
     assert "is finished already" in capsys.readouterr().out
 
