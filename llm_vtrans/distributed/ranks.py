@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from llm_vtrans.errors import UserError
 
 MEETING_TIMEOUT = timedelta(minutes=10)  # a process that has not come by then never will
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
@@ -24,7 +28,10 @@ def join(**options: Any) -> Accelerator:
 
     Raises:
         RuntimeError: of torch.distributed, one has not come within `MEETING_TIMEOUT`.
+        UserError: the launch asks for DeepSpeed and there is none, or its configuration is none.
     """
+    if _asks_for_deepspeed():
+        _check_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
     accelerator = Accelerator(**options, **_launch_options())
     if torch.distributed.is_initialized():
         _set_pg_timeout(EXPORT_TIMEOUT)
@@ -51,6 +58,27 @@ def _launch_options() -> dict[str, Any]:
     if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
         return {"kwargs_handlers": [InitProcessGroupKwargs(timeout=MEETING_TIMEOUT)]}
     return {
-        "cpu": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true",
+        "cpu": not _asks_for_deepspeed(),
         "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo", timeout=MEETING_TIMEOUT)],
     }
+
+
+def _asks_for_deepspeed() -> bool:
+    """Read as accelerate reads it."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _check_deepspeed(config: str) -> None:
+    """Refuses what would end in the libraries; `config` is a path, base64 or "none"."""
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "the launch asks for DeepSpeed, which is not installed: "
+            "pip install 'llm-vtrans[deepspeed]', or launch without a DeepSpeed configuration"
+        )
+    if config != "none":
+        try:
+            HfDeepSpeedConfig(config)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{config}: no DeepSpeed configuration ({error}); take a file of ds_configs/"
+            ) from error

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llm_vtrans.prune import prune
 from tests.integration.test_recover import recovering
 from tests.integration.test_two_ranks import GLOBAL_BATCH, NUM_STEPS, TWO_RANKS
-from tests.runs import ROOT, finish, flags, start, trained_tensors, write_inputs
+from tests.runs import ENTRY, ROOT, finish, flags, start, trained_tensors, write_inputs
 from tests.unit.test_recovery import needs_peft
 
 HALF = GLOBAL_BATCH // 2
@@ -31,14 +31,16 @@ SET_UPS = {  # name -> DeepSpeed configuration, model, further flags
     "ZeRO-3, layer norms": ("zero3", "gpt2", ()),
 }
 QUICK = ("ZeRO-3",)  # two ranks alone: test_two_ranks.py
+GLOO_ALONE = "tests/gloo_alone.py"  # the quick tests wait for no compiler
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="DeepSpeed compiles its collectives: needs g++"
+)
+SLOW = (pytest.mark.slow, needs_compiler)
 
 pytestmark = [
     pytest.mark.deepspeed,
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed library"
-    ),
-    pytest.mark.skipif(
-        shutil.which("g++") is None, reason="DeepSpeed compiles its collectives: needs g++"
     ),
 ]
 
@@ -77,8 +79,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SET_UPS],
+    "name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in SET_UPS]
 )
 def test_same_masks(
     name: str, one_rank: Callable[[str], dict[str, torch.Tensor]], tmp_path: Path
@@ -87,7 +88,8 @@ def test_same_masks(
     folder = write_inputs(tmp_path, name=model)
     with deepspeed(config, folder):
         samples = NUM_STEPS * GLOBAL_BATCH
-        finish(flags(folder, *more, samples=samples, batch_size=HALF), *TWO_RANKS)
+        entry = GLOO_ALONE if name in QUICK else ENTRY
+        finish(flags(folder, *more, samples=samples, batch_size=HALF), *TWO_RANKS, entry=entry)
     found, expected = result(folder), one_rank(model)
     assert found.keys() == expected.keys()
     kept = [key for key in found if key.startswith("keep.")]
@@ -112,6 +114,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, t
 
 
 @needs_peft
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recovery"),
@@ -135,7 +138,7 @@ def test_same_recovery(
 def test_whole_weights_are_refused_in_slices(recovery: str, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path)
     with deepspeed("zero3", folder):
-        process = start(recovering(folder, recovery), *TWO_RANKS)
+        process = start(recovering(folder, recovery), *TWO_RANKS, entry=GLOO_ALONE)
         _, errors = process.communicate()
     assert process.returncode != 0
     assert f"error: --recover {recovery} under ZeRO-3" in errors and "lora" in errors
