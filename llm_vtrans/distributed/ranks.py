@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from llm_vtrans.errors import UserError
@@ -28,11 +27,22 @@ def join(**options: Any) -> Accelerator:
 
     Raises:
         RuntimeError: of torch.distributed, one has not come within `MEETING_TIMEOUT`.
-        UserError: the launch asks for DeepSpeed and there is none, or its configuration is none.
+        UserError: the launch asks for DeepSpeed, which is not installed or not configured.
     """
-    if _asks_for_deepspeed():
-        _check_deepspeed(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"))
-    accelerator = Accelerator(**options, **_launch_options())
+    if _asks_for_deepspeed() and find_spec("deepspeed") is None:
+        raise UserError(
+            "the launch asks for DeepSpeed, which is not installed: "
+            "pip install 'llm-vtrans[deepspeed]', or launch without a DeepSpeed configuration"
+        )
+    try:
+        accelerator = Accelerator(**options, **_launch_options())
+    except (AttributeError, TypeError, ValueError) as error:
+        if not _asks_for_deepspeed():
+            raise
+        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        raise UserError(
+            f"DeepSpeed configuration {config}: {error}; take a file of ds_configs/"
+        ) from error
     if torch.distributed.is_initialized():
         _set_pg_timeout(EXPORT_TIMEOUT)
     return accelerator
@@ -66,19 +76,3 @@ def _launch_options() -> dict[str, Any]:
 def _asks_for_deepspeed() -> bool:
     """Read as accelerate reads it."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def _check_deepspeed(config: str) -> None:
-    """Refuses what would end in the libraries; `config` is a path, base64 or "none"."""
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "the launch asks for DeepSpeed, which is not installed: "
-            "pip install 'llm-vtrans[deepspeed]', or launch without a DeepSpeed configuration"
-        )
-    if config != "none":
-        try:
-            HfDeepSpeedConfig(config)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{config}: no DeepSpeed configuration ({error}); take a file of ds_configs/"
-            ) from error

@@ -19,7 +19,7 @@ def asked_for(config: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", '{"zero_optimization":', "[]", "zero", '{"zero_optimization": 3}']
+    "text", [None, "", '{"zero_optimization":', "[]", "zero", "{}", '{"zero_optimization": 3}']
 )
 def test_a_configuration_that_is_none(
     text: str | None,
