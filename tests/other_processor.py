@@ -5,13 +5,12 @@ Eigenvectors have no sign of their own: which one a library gives depends on how
 
 import os
 import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+PRUNE = Path(__file__).parents[1] / "llm_vtrans" / "prune.py"
 EIGH = torch.linalg.eigh
 
 
@@ -26,5 +25,4 @@ def other_eigh(matrix: torch.Tensor) -> tuple[Any, Any]:
 if __name__ == "__main__":
     if os.environ["RANK"] != "0":
         torch.linalg.eigh = other_eigh
-    sys.path.insert(0, str(ROOT))
-    runpy.run_path(str(ROOT / "llm_vtrans" / "prune.py"), run_name="__main__")
+    runpy.run_path(str(PRUNE), run_name="__main__")
