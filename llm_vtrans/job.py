@@ -92,11 +92,15 @@ class Job(Prepared):
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_whole = self.args.load_in == FULL and not is_partitioned(self.accelerator)
         self.measured = Measurements(
             self.data, self.accelerator, self.args.batch_size,
-            self.dtype if is_whole else None, self.stopwatch,
+            self.dtype if self.is_whole else None, self.stopwatch,
         )  # fmt: skip
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds the weights unsliced and in full precision."""
+        return self.args.load_in == FULL and not is_partitioned(self.accelerator)
 
     @property
     def is_fitted(self) -> bool:
@@ -318,11 +322,9 @@ class Job(Prepared):
 
     def _narrows(self) -> bool:
         """Whether a network that is cut down is tuned, with the whole one for its teacher."""
-        args = self.args
-        is_whole = args.load_in == FULL and not is_partitioned(self.accelerator)
-        if args.trains_weights or not is_whole:
+        if self.args.trains_weights or not self.is_whole:
             return False
-        return has_room(args, self.source, self.seq_len, self.accelerator)
+        return has_room(self.args, self.source, self.seq_len, self.accelerator)
 
     def rotation_record(self) -> dict[str, Tensor]:
         """The rotation by its name on disk, if there is one."""

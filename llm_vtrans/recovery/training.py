@@ -159,8 +159,8 @@ def distil(
     lesson = Lesson(teacher, student, run.dtype)
     attach(accelerator, lesson)
     objective = RecoverObjective(lesson, trained, learning_rate, settings.num_steps)
-    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    order = training_order(len(examples), settings.num_steps * batch, 1.0, settings.seed)
+    num_samples = settings.num_steps * settings.global_batch(accelerator.num_processes)
+    order = training_order(len(examples), num_samples, 1.0, settings.seed)
     with run.preemption.deferred(accelerator):
         train(
             objective, objective.optimizer(), examples.take(order), accelerator, settings, 0,

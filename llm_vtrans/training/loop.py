@@ -64,6 +64,10 @@ class TrainingSettings:
         """Steps of both stages."""
         return self.search_steps + self.tune_steps
 
+    def global_batch(self, num_ranks: int) -> int:
+        """Sequences in an optimizer step, over all ranks."""
+        return self.batch_size * self.gradient_accumulation * num_ranks
+
 
 class Objective(nn.Module):
     """One stage of training: its loss, and what it trains.
@@ -175,8 +179,7 @@ def tokens_per_step(
     settings: TrainingSettings, accelerator: Accelerator, examples: Examples
 ) -> int:
     """Of an optimizer step, over all ranks; padding included."""
-    batch = settings.batch_size * settings.gradient_accumulation * accelerator.num_processes
-    return batch * examples.num_tokens
+    return settings.global_batch(accelerator.num_processes) * examples.num_tokens
 
 
 def warm_up_and_decay(objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> None:
