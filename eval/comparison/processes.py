@@ -6,11 +6,12 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
 from eval.baselines import BASELINES
+from eval.comparison.ablations import ABLATIONS, Ablation
 from eval.comparison.cell import Cell, Settings, run_cell
 
 PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
@@ -55,14 +56,21 @@ def compute(cells: Iterable[Cell], settings: Settings, num_at_once: int) -> dict
 
 
 def chains(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that may rest on the same training, in order, so that no two do it at once.
+    """Cells that rest on the same result, in order, so that no two compute it at once.
 
     Those of methods that train come first: they take longest.
     """
-    found: dict[tuple[str, str, int], list[Cell]] = {}
+    found: dict[Hashable, list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.method, cell.layout, cell.seed), []).append(cell)
+        found.setdefault(_result(cell), []).append(cell)
     return sorted(found.values(), key=lambda chain: chain[0].method in BASELINES)
+
+
+def _result(cell: Cell) -> Hashable:
+    """What it rests on: recoveries share a pruned network, and most sizes of ours a training."""
+    ablation = ABLATIONS.get(cell.method, Ablation())
+    is_shared = cell.method not in BASELINES and ablation.reuses_masks
+    return cell.method, cell.layout, cell.seed, None if is_shared else cell.sparsity
 
 
 def _cause(code: int) -> str:

@@ -167,21 +167,27 @@ def test_a_killed_cell_leaves_the_others_alone(inputs: Path) -> None:
     assert {r["method"]: bool(r["figures"]) for r in rows}["magnitude"]
 
 
-@hypothesis.given(
-    st.lists(st.tuples(st.sampled_from(["ours", "flap"]), st.integers(1, 9), seeds), unique=True)
-)
-def test_no_two_cells_of_a_training_are_in_different_chains(
-    drawn: list[tuple[str, int, int]],
+methods = st.sampled_from(["ours", "ours-no-reuse", "flap"])
+recoveries = st.sampled_from(["none", "lora"])
+
+
+@hypothesis.given(st.lists(st.tuples(methods, st.integers(1, 9), recoveries, seeds), unique=True))
+def test_cells_are_in_one_chain_where_they_rest_on_one_result(
+    drawn: list[tuple[str, int, str, int]],
 ) -> None:
     """And within one they keep their order; what trains comes first."""
-    planned = [cells.Cell(m, n / 10, "stock", "none", seed, "", "") for m, n, seed in drawn]
+    planned = [cells.Cell(m, n / 10, "stock", r, seed, "", "") for m, n, r, seed in drawn]
     found = chains(planned)
-    owners = {(cell.method, cell.seed): chain for chain in found for cell in chain}
-    assert len(owners) == len(found) and sum(map(len, found)) == len(planned)
+    results = {
+        (cell.method, cell.seed, cell.method == "ours" or cell.sparsity): chain
+        for chain in found
+        for cell in chain
+    }
+    assert len(results) == len(found) and sum(map(len, found)) == len(planned)
     for chain in found:
         assert chain == sorted(chain, key=planned.index)
-    names = [chain[0].method for chain in found]
-    assert names == sorted(names, key=lambda name: name != "ours")
+    are_short = [chain[0].method == "flap" for chain in found]
+    assert are_short == sorted(are_short)
 
 
 def test_overlap_is_refused(inputs: Path) -> None:
