@@ -58,17 +58,22 @@ def masked_loss(model: PreTrainedModel, windows: Tensor, seed: int, tokenizer: A
 
 
 DECODER_TOKENS = {"bos_token": SEPARATOR, "eos_token": SEPARATOR}
+GROUPED_QUERIES = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 KINDS = {
-    "llama": Kind(
-        AutoModelForCausalLM,
-        DECODER_TOKENS,
-        lambda flags: {
-            "intermediate_size": flags.intermediate_size,
-            "num_key_value_heads": flags.num_kv_heads,
-            "max_position_embeddings": flags.max_positions,
-            "tie_word_embeddings": flags.tie_embeddings,
-        },
-        next_token_loss,
+    **dict.fromkeys(
+        GROUPED_QUERIES,
+        Kind(
+            AutoModelForCausalLM,
+            DECODER_TOKENS,
+            lambda flags: {
+                "intermediate_size": flags.intermediate_size,
+                "num_key_value_heads": flags.num_kv_heads,
+                "head_dim": flags.hidden_size // flags.num_heads,
+                "max_position_embeddings": flags.max_positions,
+                "tie_word_embeddings": flags.tie_embeddings,
+            },
+            next_token_loss,
+        ),
     ),
     "gpt2": Kind(
         AutoModelForCausalLM,

@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llm_vtrans.embedded.corpus import heldout_documents, training_documents
-from llm_vtrans.embedded.networks import KINDS, Loss, build_model, next_token_loss
+from llm_vtrans.embedded.networks import (
+    GROUPED_QUERIES,
+    KINDS,
+    Loss,
+    build_model,
+    next_token_loss,
+)
 from llm_vtrans.errors import UserError
 
 WARMUP_FRACTION = 0.05
@@ -243,7 +249,7 @@ def check_settings(settings: argparse.Namespace) -> None:
     head_size, rest = divmod(settings.hidden_size, settings.num_heads)
     if rest or head_size % 2:
         raise UserError("--hidden-size must be an even multiple of --num-heads")
-    if settings.family == "llama" and settings.num_heads % settings.num_kv_heads:
+    if settings.family in GROUPED_QUERIES and settings.num_heads % settings.num_kv_heads:
         raise UserError("--num-heads must be a multiple of --num-kv-heads")
     if not 1 < settings.seq_len <= settings.max_positions:
         raise UserError("--seq-len must be at least 2 and at most --max-positions")
@@ -262,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hidden-size", type=int, default=128, help="width of the residual stream")
     add("--num-layers", type=int, default=6, help="each attention and an FFN")
     add("--num-heads", type=int, default=8, help="query heads, or all")
-    add("--num-kv-heads", type=int, default=4, help="key and value heads of a llama")
+    add("--num-kv-heads", type=int, default=4, help="key and value heads of grouped queries")
     add("--intermediate-size", type=int, default=352, help="FFN units of a layer")
     add("--vocab-size", type=int, default=2048, help="of the tokenizer, trained too")
     add("--tie-embeddings", action="store_true", help="share the embedding with the output layer")

@@ -136,7 +136,15 @@ def test_script_pretrains_on_user_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "auto_class"), [("gpt2", AutoModelForCausalLM), ("roberta", AutoModelForMaskedLM)]
+    ("family", "auto_class"),
+    [
+        ("gemma", AutoModelForCausalLM),
+        ("gpt2", AutoModelForCausalLM),
+        ("mistral", AutoModelForCausalLM),
+        ("qwen2", AutoModelForCausalLM),
+        ("qwen3", AutoModelForCausalLM),
+        ("roberta", AutoModelForMaskedLM),
+    ],
 )
 def test_script_pretrains_other_families(tmp_path: Path, family: str, auto_class: Any) -> None:
     """They learn, and the product takes what was written."""
@@ -156,6 +164,7 @@ def test_script_pretrains_other_families(tmp_path: Path, family: str, auto_class
         (["--data", "absent.txt"], "cannot read --data"),
         (["--num-heads", "3"], "--hidden-size"),
         (["--num-kv-heads", "3"], "--num-kv-heads"),
+        (["--family", "qwen3", "--num-kv-heads", "3"], "--num-kv-heads"),
         (["--seq-len", "512"], "--seq-len"),
         (["--seq-len", "200", "--vocab-size", "100"], "--vocab-size"),
         (["--batch-size", "0"], "--batch-size is 0"),
