@@ -17,6 +17,8 @@ from llm_vtrans.record.output_folder import atomic_write_text
 Record = Mapping[str, Any]
 
 EXCESS = "excess "  # and a text: nats per token over the dense model
+PERPLEXITY = "ppl "  # and a text
+EXCESS_DECIMALS = 4  # a fifth of a redundant model costs thousandths
 CLOSED_FORM = "least-squares"  # the recovery that takes no training
 
 
@@ -65,7 +67,7 @@ def quality(record: Record, dense: Record) -> dict[str, float]:
     """Metrics of one cell; excess loss is over the dense cell, in nats per token."""
     metrics: dict[str, float] = {}
     for text, perplexity in record["perplexity"].items():
-        metrics[f"ppl {text}"] = perplexity["value"]
+        metrics[f"{PERPLEXITY}{text}"] = perplexity["value"]
         metrics[f"{EXCESS}{text}"] = perplexity["nll"] - dense["perplexity"][text]["nll"]
     return {**metrics, **record["tasks"]}
 
@@ -168,7 +170,7 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
     lines = []
     for row in rows:
         figures = row.figures
-        values = [_show(figures.get(name), 3 if "ppl" not in name else 2) for name in metrics]
+        values = [_show(figures.get(name), _decimals(name)) for name in metrics]
         costs = [
             _show(figures.get("num_params"), 0),
             _show(figures.get("macs"), 1, 1e6),
@@ -186,7 +188,7 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
         for pair in pairs:
             row = pair.row
             start = [f"{row.sparsity:.0%}", row.layout, row.recovery, pair.text]
-            excess = [pair.ours.show(4), pair.other.show(4)]
+            excess = [figure.show(EXCESS_DECIMALS) for figure in (pair.ours, pair.other)]
             short.append([*start, *excess, pair.which, pair.ratio])
         parts.append(_table(header, short))
     return "\n\n".join(parts) + "\n"
@@ -195,6 +197,12 @@ def markdown(rows: Sequence[Row], protocol: str) -> str:
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     every = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+def _decimals(metric: str) -> int:
+    if metric.startswith(EXCESS):
+        return EXCESS_DECIMALS
+    return 2 if metric.startswith(PERPLEXITY) else 3
 
 
 def _show(figure: Figure | None, decimals: int, unit: float = 1.0) -> str:

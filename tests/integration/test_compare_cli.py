@@ -244,6 +244,7 @@ def test_ours_beside_the_best_other() -> None:
     found = {pair.row.recovery: (pair.other.value, pair.which) for pair in report.beside(rows)}
     assert found == {"none": (0.5, "magnitude, least-squares"), "lora": (0.3, "flap, lora")}
     shown = report.markdown(rows, "protocol")
+    assert "| 50% | ours | stock | none | 9.00 | 0.2000 | - |" in shown
     assert "| 50% | stock | none | t | 0.2000 | 0.5000 | magnitude, least-squares | 0.40 |" in shown
     assert "best other" not in report.markdown(rows[:1], "protocol")
     free = report.beside([row("ours", "none", 0.2), row("flap", "none", 0.0)])
