@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.comparison.cell import DENSE
-from eval.comparison.report import Row, metric_names
+from eval.comparison.report import EXCESS, Row, metric_names
+from llm_vtrans.report.record import PERPLEXITY
 
 MARKERS = "os^vD*PX<>ph"
 LINES = {"": "-", "hidden": ":", "rotation": "--"}
@@ -85,13 +86,13 @@ def _plot_metric(
             )
         for row in dense[:1]:
             axis.axhline(row.figures[metric].value, color="grey", linewidth=0.8, label="dense")
-        if metric.startswith("ppl"):
+        if metric.startswith(PERPLEXITY):
             axis.set_yscale("log")
-        elif metric.startswith("excess"):
+        elif metric.startswith(EXCESS):
             axis.set_yscale("symlog", linthresh=0.1)
         axis.set_title(f"layout {layout}, recovery {recovery}")
         axis.set_xlabel("parameters, millions")
-    axes[0][0].set_ylabel(f"{metric}, nats per token" if metric.startswith("excess") else metric)
+    axes[0][0].set_ylabel(f"{metric}, nats per token" if metric.startswith(EXCESS) else metric)
     handles = {
         label: handle
         for axis in axes[0]

@@ -13,11 +13,11 @@ from typing import Any
 from eval.baselines import BASELINES
 from eval.comparison.cell import DENSE, NO_RECOVERY, OURS
 from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.report.record import PERPLEXITY
 
 Record = Mapping[str, Any]
 
 EXCESS = "excess "  # and a text: nats per token over the dense model
-PERPLEXITY = "ppl "  # and a text
 EXCESS_DECIMALS = 4  # a fifth of a redundant model costs thousandths
 CLOSED_FORM = "least-squares"  # the recovery that takes no training
 

@@ -20,7 +20,7 @@ UNCHANGED = "name a folder that prune wrote, with the files as they were written
 PROBE_FOLDER = "probe"
 SCORES_FILE = "scores.json"
 COMPARISON_FILE = "compare/table.json"
-TEXT = "ppl "  # a comparison's prefix of perplexities
+PERPLEXITY = "ppl "  # and a text: a metric of a comparison
 USUAL = ("stock", "-", "both", "none", "None")  # layouts and recoveries that go without saying
 
 
@@ -111,7 +111,11 @@ def comparison_rows(content: Any) -> Iterator[ComparisonRow]:
         if not isinstance(row, dict) or not isinstance(figures := row.get("figures"), dict):
             continue
         means = {str(n): f["mean"] for n, f in figures.items() if isinstance(f, dict)}
-        values = {n[len(TEXT) :]: float(v) for n, v in means.items() if n.startswith(TEXT)}
+        values = {
+            n.removeprefix(PERPLEXITY): float(v)
+            for n, v in means.items()
+            if n.startswith(PERPLEXITY)
+        }
         parts = [str(row.get("method")), str(row.get("layout")), str(row.get("recovery"))]
         name = ", ".join(part for part in parts if part not in USUAL)
         if values and "num_params" in means:
