@@ -159,7 +159,7 @@ def _run(
 ) -> None:
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(suffix), _NEW), descriptor)
-    os.environ.update(ACCELERATE_USE_CPU="true", **environment)
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **environment)
     sys.argv = ["llm-vtrans", command, *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
