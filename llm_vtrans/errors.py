@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -55,3 +56,18 @@ def blame(what: object, remedy: str) -> Iterator[None]:
         raise UserError(
             f"{what}: {reason or 'damaged'} ({type(error).__name__}); {remedy}"
         ) from error
+
+
+def require(package: str, asked: str, extra: str) -> None:
+    """Says what to install for something optional.
+
+    Args:
+        package: that has it.
+        asked: the user's wish.
+        extra: of this project, with the package.
+
+    Raises:
+        UserError: the package is not there.
+    """
+    if find_spec(package) is None:
+        raise UserError(f"{asked} needs {package}: pip install 'llm-vtrans[{extra}]'")

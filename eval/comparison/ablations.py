@@ -138,3 +138,8 @@ ABLATIONS = {
     "ours-no-reuse": Ablation(reuses_masks=False),
 }
 """Every ablation by the name that `--methods` takes."""
+
+
+def ablation_of(method: str | None) -> Ablation:
+    """How the product runs as this method of the comparison: with all defaults unless it is one."""
+    return ABLATIONS.get(method or "", Ablation())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.baselines.interface import Case, Cost, Pruned, load_pruned
-from eval.comparison.ablations import ABLATIONS, Ablation
+from eval.comparison.ablations import ablation_of
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.prune import prune
 from llm_vtrans.record.masks_file import read_found
@@ -51,7 +51,7 @@ class Ours:
     def prune(self, case: Case) -> Pruned:
         """Trains and exports what no earlier cell did, and loads the result."""
         layout = "stock" if case.is_uniform else "per-layer"
-        ablation = ABLATIONS[self.lever] if self.lever else Ablation()
+        ablation = ablation_of(self.lever)
         common = [
             *("--model", self.model, "--data", self.data, "--samples", str(self.samples)),
             *("--seq-len", str(self.seq_len), "--seed", str(case.seed), "--layout", layout),

@@ -11,7 +11,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
 from eval.baselines import BASELINES
-from eval.comparison.ablations import ABLATIONS, Ablation
+from eval.comparison.ablations import ablation_of
 from eval.comparison.cell import Cell, Settings, run_cell
 
 PRELOADED = ["eval.comparison.cell", "transformers.models.llama.modeling_llama"]
@@ -68,8 +68,7 @@ def chains(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 def _result(cell: Cell) -> Hashable:
     """What it rests on: recoveries share a pruned network, and most sizes of ours a training."""
-    ablation = ABLATIONS.get(cell.method, Ablation())
-    is_shared = cell.method not in BASELINES and ablation.reuses_masks
+    is_shared = cell.method not in BASELINES and ablation_of(cell.method).reuses_masks
     return cell.method, cell.layout, cell.seed, None if is_shared else cell.sparsity
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from llm_vtrans.commands.command import Parser
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, require
 
 FORMATS = ("gguf",)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -27,14 +27,9 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="file to write (default: RUN/model.gguf)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the matrices")
     args = parser.parse_args(arguments)
-    try:
-        from llm_vtrans.convert.gguf_file import write_gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise UserError(
-            "convert gguf needs the gguf package: pip install 'llm-vtrans[gguf]'"
-        ) from error
+    require("gguf", f"convert {args.format}", "gguf")
+    from llm_vtrans.convert.gguf_file import write_gguf
+
     path = args.output or args.run / "model.gguf"
     if not path.absolute().parent.is_dir():
         raise UserError(f"--output {path}: {path.parent} is no folder")

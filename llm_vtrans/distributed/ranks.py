@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, require
 
 MEETING_TIMEOUT = timedelta(minutes=10)  # a process that has not come by then never will
 EXPORT_TIMEOUT = timedelta(hours=2)  # other ranks wait while rank zero writes
@@ -29,11 +28,8 @@ def join(**options: Any) -> Accelerator:
         RuntimeError: of torch.distributed, one has not come within `MEETING_TIMEOUT`.
         UserError: the launch asks for DeepSpeed, which is not installed or not configured.
     """
-    if _asks_for_deepspeed() and find_spec("deepspeed") is None:
-        raise UserError(
-            "the launch asks for DeepSpeed, which is not installed: "
-            "pip install 'llm-vtrans[deepspeed]', or launch without a DeepSpeed configuration"
-        )
+    if _asks_for_deepspeed():
+        require("deepspeed", "the DeepSpeed configuration of the launch", "deepspeed")
     try:
         accelerator = Accelerator(**options, **_launch_options())
     except (AttributeError, TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ alone, so nothing else changes, and the export is cut from the full-precision sh
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llm_vtrans.distributed.zero3 import is_partitioned
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import UserError, require
 from llm_vtrans.families.base import TensorSpec
 
 FULL = "full"
@@ -29,10 +28,7 @@ def check_form(form: str, accelerator: Accelerator) -> None:
     """
     if form == FULL:
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"--load-in {form} needs bitsandbytes: pip install 'llm-vtrans[bitsandbytes]'"
-        )
+    require("bitsandbytes", f"--load-in {form}", "bitsandbytes")
     if is_partitioned(accelerator):
         raise UserError(f"--load-in {form}: ZeRO-3 cannot slice quantised weights; use one of them")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval.baselines import Case
-from eval.comparison.ablations import ABLATIONS, Ablation, Labels
+from eval.comparison.ablations import ABLATIONS, Labels, ablation_of
 from eval.comparison.ours import Ours
 from llm_vtrans.families import family_for
 from llm_vtrans.loading.source import open_source
@@ -74,7 +74,7 @@ def test_without_regression(inputs: Path, tmp_path: Path) -> None:
     """The same masks and plan; what tuning starts from is further from the teacher."""
     losses, kept = [], []
     for name in ("ours", "ours-no-regression"):
-        ablation = ABLATIONS.get(name, Ablation())
+        ablation = ablation_of(name)
         copy_inputs(inputs, folder := tmp_path / name)
         options = ("--quiet", "--log-every", "1", "--prune", "hidden")
         prune([*flags(folder, *options, samples=24), *ablation.options], ablation.kind)
@@ -90,7 +90,7 @@ def test_without_regression(inputs: Path, tmp_path: Path) -> None:
 def test_without_rehearsal(
     inputs: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ablation = ABLATIONS.get(name, Ablation())
+    ablation = ablation_of(name)
     copy_inputs(inputs, tmp_path)
     prune([*flags(tmp_path, samples=320), *ablation.options], ablation.kind)
     assert ("rehearsed: " in capsys.readouterr().out) == (name == "ours")

@@ -1,6 +1,5 @@
 """A launch that asks for DeepSpeed and cannot have it ends in one line, before any work."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from llm_vtrans.commands.command import run_command
 from llm_vtrans.distributed import ranks
 from llm_vtrans.prune import prune
 from tests.faults.cases import one_line
-from tests.runs import ROOT, flags
+from tests.runs import flags
 
 
 def asked_for(config: Path, patch: pytest.MonkeyPatch) -> None:
@@ -31,15 +30,6 @@ def test_a_configuration_that_is_none(
     if text is not None:
         config.write_text(text)
     asked_for(config, monkeypatch)
-    monkeypatch.setattr(ranks, "find_spec", lambda _: True)
+    monkeypatch.setattr(ranks, "require", lambda *_: None)
     line = one_line(run_command(prune, flags(tmp_path)), capsys.readouterr().err)
     assert str(config) in line and "ds_configs/" in line
-
-
-def test_deepspeed_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked_for(ROOT / "ds_configs" / "zero3.json", monkeypatch)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    line = one_line(run_command(prune, flags(tmp_path)), capsys.readouterr().err)
-    assert "DeepSpeed" in line and "pip install 'llm-vtrans[deepspeed]'" in line

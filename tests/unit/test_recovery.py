@@ -1,7 +1,6 @@
 """Recovery by distillation, in memory: the loss falls, adapters merge exactly, what is refused."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,12 +97,6 @@ def test_adapters_of_a_seed_are_the_same() -> None:
     )
     assert len(first) == 2 * 3 * 7  # A and B of seven matrices in three layers
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_missing_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"needs the library peft.*pip install"):
-        check_recovery(PruneArguments(recover="lora"), Accelerator())
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

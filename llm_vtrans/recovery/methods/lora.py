@@ -7,7 +7,6 @@ Every linear layer but the output head gets `W + (alpha / r) B A`, of which `A (
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm_vtrans.distributed.zero3 import gathered, is_writer
-from llm_vtrans.errors import UserError
+from llm_vtrans.errors import require
 from llm_vtrans.export.pruning import Pruning
 from llm_vtrans.recovery.training import RecoveryRun, distil
 from llm_vtrans.tasks.encoding import Examples
@@ -32,11 +31,7 @@ def check() -> None:
     Raises:
         UserError: it is not.
     """
-    if find_spec("peft") is None:
-        raise UserError(
-            "--recover lora needs the library peft, which is not installed: "
-            "pip install 'llm-vtrans[recover]'"
-        )
+    require("peft", "--recover lora", "recover")
 
 
 def recover(
