@@ -70,7 +70,7 @@ def choose_uniform(ranking: Ranking, present: Tensor, problem: Problem) -> Shape
     ffn_options = torch.tensor(options[Axis.FFN])
     hidden_gain, ffn_gain = ranking.gains[Axis.HIDDEN][hidden - 1], gain(Axis.FFN)
     targets = torch.tensor([[limit.budget.target] for limit in problem.limits])
-    columns: list[tuple[Tensor, ...]] = []  # unused share, gain, hidden, heads, FFN units, width
+    columns: list[tuple[Tensor, ...]] = []  # unused, step, gain, hidden, heads, FFN units, width
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
         head_dim, possible = problem.head_widths(hidden, heads)
         room, slope = _ffn_room(problem, hidden, heads, head_dim, num_kept)
@@ -79,21 +79,21 @@ def choose_uniform(ranking: Ranking, present: Tensor, problem: Problem) -> Shape
         ffn = ffn_options[index.clamp(min=0)]
         total = hidden_gain + heads_gain * problem.retention(head_dim)
         total = total + ffn_gain[index.clamp(min=0)]
-        unused = ((room - slope * ffn) / targets).amin(0)
+        unused, step = ((room - slope * ffn) / targets).amin(0), (slope / targets).amax(0)
         width = torch.full_like(hidden, 0) if head_dim is None else head_dim
-        rows = (unused.double(), total, hidden, torch.full_like(hidden, heads), ffn, width)
+        rows = (unused, step, total, hidden, torch.full_like(hidden, heads), ffn, width)
         columns.append(tuple(column[possible & (index >= 0)] for column in rows))
-    unused, total, *sizes = map(torch.cat, zip(*columns, strict=True))
+    unused, step, total, *sizes = map(torch.cat, zip(*columns, strict=True))
     if not len(total):
         return None
-    best = total
-    if not bool((unused <= TOLERANCE).any()):
+    if bool((unused <= TOLERANCE).any()):
+        best = total.masked_fill(unused > TOLERANCE, -torch.inf)
+    elif problem.round_to > 1:
         # Rounding leaves no shape this close: the fullest near the best gain.
-        best = -unused
-        if problem.round_to > 1:
-            best = best.masked_fill(total < 0.98 * total.max(), -torch.inf)
+        best = (-unused).masked_fill(total < 0.98 * total.max(), -torch.inf)
     else:
-        best = best.masked_fill(unused > TOLERANCE, -torch.inf)
+        # Nor does one FFN unit in every layer: all as full, to such a unit, are alike.
+        best = total.masked_fill(unused - unused.min() >= step, -torch.inf)
     first = int(torch.nonzero(best == best.max())[0])
     size, num_heads, num_ffn, head_width = (int(column[first]) for column in sizes)
     return uniform_shape(size, num_heads, num_ffn, kept, head_width or None)

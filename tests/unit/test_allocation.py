@@ -1,5 +1,7 @@
 """Allocation: the budget is met from below, shapes are allowed ones, better units stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,11 +9,12 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
 from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.shape_choice import Ranking, choose_uniform
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Axis, Sublayer, family_for
-from llm_vtrans.families.base import UNIT_AXIS
+from llm_vtrans.families.base import UNIT_AXIS, Shape
 from llm_vtrans.masking.masks import VIBMasks
 from llm_vtrans.training.search import initial_shapes
 
@@ -237,3 +240,39 @@ def test_stock_heads_fill_the_hidden_size(
     if "heads" not in structures:
         assert heads == HEADS
     assert cost.of(shape) <= budget.target
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.4, 0.45, 0.5])
+def test_among_full_shapes_the_largest_benefit(sparsity: float) -> None:
+    """Groups of heads that cost whole FFN units leave the same unused, however many stay."""
+    grouped = family_for("llama").describe(
+        LlamaConfig(
+            vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
+            num_attention_heads=8, num_key_value_heads=4,
+        )
+    )  # fmt: skip
+    cost = parameter_cost(grouped)
+    dense = cost.of(dense_shape(grouped))
+    problem = Problem(grouped, cost, Budget("params", int((1 - sparsity) * dense), dense), 1, True)
+    benefits = {
+        "hidden": torch.ones(128, dtype=torch.float64),
+        "heads": torch.full((6, 4), 30.0, dtype=torch.float64),
+        "ffn": torch.linspace(0.01, 0.9, 352, dtype=torch.float64).expand(6, 352),
+    }
+    ranking = Ranking(benefits, benefits, frozenset({"heads", "ffn"}), {"heads": 1, "ffn": 1})
+    present = torch.ones(6, 2, dtype=torch.bool)
+    best = -1.0
+    for heads in range(1, 5):
+        fixed = choose_uniform(ranking, present, replace(problem, fixed={Axis.HEADS: heads}))
+        if fixed is not None:  # else no FFN unit is left
+            best = max(best, benefit_of(ranking, fixed))
+    chosen = choose_uniform(ranking, present, problem)
+    assert chosen is not None and benefit_of(ranking, chosen) == best
+
+
+def benefit_of(ranking: Ranking, shape: Shape) -> float:
+    """What one layer keeps of heads and FFN units."""
+    return sum(
+        float(ranking.gains[axis][0, units[0] - 1])
+        for axis, units in ((Axis.HEADS, shape.heads), (Axis.FFN, shape.ffn))
+    )
