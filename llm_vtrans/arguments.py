@@ -67,7 +67,9 @@ class PruneArguments:
         None, "Labelled file to score on. Default: the task's validation split, or the file "
         "validation.* beside --data.",
     )  # fmt: skip
-    label_field: str = _option("label", "Column that holds the label.")
+    label_field: str = _option(
+        "label", "Column of the label: names or numbers of classes as the model has them."
+    )
     finetune_first: bool = _option(
         False, "Train a dense model for --task from the pretrained --model, then prune that."
     )

@@ -17,7 +17,7 @@ from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Norm, head_of
 from llm_vtrans.loading.source import Source, load_tokenizer
-from llm_vtrans.tasks import Task, make_task, task_of
+from llm_vtrans.tasks import HEADS, Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.timing.latency import Pass
 from llm_vtrans.timing.latency_cost import table_sizes
@@ -198,16 +198,20 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
     """
     kind = task_of(args, head_of(source.config), source.config.num_labels)
     tokenizer = load_tokenizer(source)
-    data = make_task(args, kind, tokenizer, seq_len, args.samples, args.fraction)
+    own = source.config.id2label
+    data = make_task(args, kind, tokenizer, seq_len, args.samples, args.fraction, own)
+    if source.config.pad_token_id is None and HEADS[kind] == "ForSequenceClassification":
+        # A decoder answers at the last token that is no padding.
+        source.config.pad_token_id = tokenizer.pad_token_id
     largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
     if largest >= source.config.vocab_size:
         raise UserError(
             f"{args.model}: the tokenizer gives token {largest}, the model knows "
             f"{source.config.vocab_size}: they do not belong together"
         )
-    if kind == "classification" and data.num_labels > source.config.num_labels:
+    if len(data.classes) > source.config.num_labels:
         raise UserError(
-            f"--data {args.data}: {data.num_labels} classes, the model has "
+            f"--data {args.data}: {len(data.classes)} classes, the model has "
             f"{source.config.num_labels}; --finetune-first makes a model for them"
         )
     if kind == "clm" and args.token_noise:

@@ -242,8 +242,9 @@ def _task(subject: Subject) -> Task:
     args = PruneArguments(**{**known, "data": subject.data or settings["data"]})
     kind, seq_len = subject.manifest.get("task", "clm"), subject.manifest["macs"]["seq_len"]
     tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=False)
+    own: Any = subject.model.config.id2label
     try:
-        return make_task(args, kind, tokenizer, seq_len, args.samples)
+        return make_task(args, kind, tokenizer, seq_len, args.samples, own_classes=own)
     except UserError as error:
         raise Skipped(f"the data is not here ({error})") from error
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class Task:
         heldout: examples that are scored and never trained on.
         headline: the score that a summary shows.
         protocol: how it is measured, in words.
-        num_labels: classes; 1 for numbers.
+        classes: names by number; none where the task has none.
     """
 
     kind: str
@@ -49,7 +51,7 @@ class Task:
     heldout: Examples
     headline: str
     protocol: str
-    num_labels: int = 2
+    classes: tuple[str, ...] = ()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch_size: int) -> dict[str, float]:
@@ -120,7 +122,7 @@ def _exp(nll: float) -> float:
 
 def make_task(
     args: PruneArguments, kind: str, tokenizer: Any, seq_len: int, num_samples: int | None,
-    fraction: float = 1.0,
+    fraction: float = 1.0, own_classes: Mapping[int, str] = MappingProxyType({}),
 ) -> Task:  # fmt: skip
     """Reads and encodes a task's data.
 
@@ -132,6 +134,7 @@ def make_task(
         num_samples: examples to train on; labelled data is repeated or cut to them, and None
             takes it as it is.
         fraction: share of the data that is used, and of `num_samples` that is left.
+        own_classes: names of a trained head's classes by number.
 
     Raises:
         UserError: data that cannot be read or does not fit the task.
@@ -145,7 +148,7 @@ def make_task(
     columns = SPAN_COLUMNS if kind == "qa" else source.columns()
     needed = columns if kind == "qa" else (*columns, source.label_field)
     rows = {split: read_split(source, split, needed) for split in (True, False)}
-    classes: list[Any] = [None]  # numbers, choices and spans have one output
+    classes = encoding.Classes((), {})
 
     def encode(is_train: bool) -> Examples:
         if kind == "qa":
@@ -159,7 +162,7 @@ def make_task(
     try:
         with blame("rows", f"bring them into the form that --task {kind} takes"):
             if kind == "classification":
-                classes = encoding.classes_of(rows[True], source.label_field)
+                classes = encoding.classes_of(rows[True], source.label_field, own_classes)
             train = encode(True)
             name = args.eval_data or f"{name}, its validation part"
             heldout = encode(False)
@@ -173,7 +176,7 @@ def make_task(
         heldout,
         headline,
         f"{headline} over all {len(heldout)} validation examples of {shown(args.data)}",
-        len(classes),
+        classes.names,
     )
 
 

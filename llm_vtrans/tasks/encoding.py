@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.tasks.reading import Row
 
 LABELS = ("labels", "start_positions", "end_positions")
+UNNAMED = re.compile(r"LABEL_\d+")  # as transformers calls a class without a name
 Batch = dict[str, Tensor]
 
 
@@ -85,7 +87,9 @@ def shortened(batch: Batch) -> Batch:
     mask = batch.get("attention_mask")
     if mask is None:
         return batch
-    longest = int(mask.flatten(0, -2).any(0).sum())
+    used = mask.flatten(0, -2).any(0)
+    longest = int(used.sum())
+    assert bool(used[:longest].all())  # padding is on the right
     whole = mask.shape[-1]
     return {
         name: tensor[..., :longest] if tensor.shape[-1:] == (whole,) else tensor
@@ -98,32 +102,72 @@ def inputs_of(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name not in LABELS}
 
 
-def classes_of(rows: Sequence[Row], label: str) -> list[Any]:
-    """The labels that occur, in order.
+@dataclass(frozen=True)
+class Classes:
+    """What a classifier tells apart.
+
+    Attributes:
+        names: by number.
+        numbers: of labels as the data has them.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[Any, int]
+
+
+def classes_of(rows: Sequence[Row], label: str, own: Mapping[int, str]) -> Classes:
+    """The number of every label: what it is to a trained head, or its place in their order.
+
+    Args:
+        rows: of the training data.
+        label: the column.
+        own: names of a trained head's classes by number (`config.id2label`); labels are such
+            names or numbers. A head that has no names of its own takes others in their order.
 
     Raises:
-        UserError: they cannot be told apart or put in order.
+        UserError: labels that cannot be told apart or put in order, or that the head does not
+            know.
     """
     try:
-        return sorted({row[label] for row in rows})
+        found = sorted({row[label] for row in rows})
     except TypeError as error:
         some = list({type(row[label]).__name__: row[label] for row in rows}.values())
         raise UserError(
             f"--label-field {label} holds labels of several kinds, or no labels, among them "
             f"{', '.join(map(repr, some))}: make all of them text, or all numbers"
         ) from error
+    names = tuple(name for _, name in sorted(own.items()))
+    known = _known(names)
+    if all(each in known for each in found):
+        return Classes(names, known)
+    if not all(map(UNNAMED.fullmatch, names)):
+        other = next(each for each in found if each not in known)
+        raise UserError(
+            f"--label-field {label} holds {other!r}, the model's classes are {', '.join(names)}: "
+            "name labels as it does or number them from 0; --finetune-first makes a model for them"
+        )
+    return Classes(tuple(map(str, found)), {each: i for i, each in enumerate(found)})
+
+
+def _known(names: Sequence[str]) -> dict[Any, int]:
+    """Numbers by name and as they are, unless numbers are names."""
+    known: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    if any(name.isdecimal() for name in names):
+        return known | {int(name): i for i, name in enumerate(names) if name.isdecimal()}
+    return known | {form: i for i in range(len(names)) for form in (i, str(i))}
 
 
 def classification(
     rows: Sequence[Row], columns: Sequence[str], label: str, tokenizer: Any, seq_len: int,
-    classes: Sequence[Any],
+    classes: Classes,
 ) -> Examples:  # fmt: skip
     """Texts or pairs with a class each."""
-    index = {name: i for i, name in enumerate(classes)}
-    unknown = next((row[label] for row in rows if row[label] not in index), None)
+    numbers = classes.numbers
+    unknown = next((row[label] for row in rows if row[label] not in numbers), None)
     if unknown is not None:
-        raise UserError(f"label {unknown!r} is not among those of the training data: {classes}")
-    labels = torch.tensor([index[row[label]] for row in rows])
+        known = ", ".join(classes.names)
+        raise UserError(f"label {unknown!r} is not among those of the training data: {known}")
+    labels = torch.tensor([numbers[row[label]] for row in rows])
     return Examples({**_texts(rows, columns, tokenizer, seq_len), "labels": labels})
 
 
@@ -251,6 +295,6 @@ def _texts(
     read: Callable[[str], list[str]] = lambda name: [str(row[name]) for row in rows]  # noqa: E731
     encoded = tokenizer(
         *(read(name) for name in columns), truncation=truncation, max_length=seq_len,
-        padding="longest", return_tensors="pt",
+        padding="longest", padding_side="right", return_tensors="pt",
     )  # fmt: skip
     return {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}

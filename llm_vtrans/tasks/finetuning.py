@@ -142,9 +142,12 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
 def _build(args: PruneArguments, kind: str, task: Task, tokenizer: Any) -> Any:
     """The pretrained model with the task's head, fresh where it had none."""
     auto = getattr(transformers, AUTO_CLASSES[HEADS[kind]])
-    labels = {} if kind in ("clm", "mlm", "qa", "multiple-choice") else {
-        "num_labels": task.num_labels
-    }  # fmt: skip
+    labels: dict[str, Any] = {"num_labels": 1} if kind == "regression" else {}
+    if task.classes:
+        labels["num_labels"] = len(task.classes)
+    if task.classes != tuple(map(str, range(len(task.classes)))):  # else they need no names
+        labels["id2label"] = dict(enumerate(task.classes))
+        labels["label2id"] = {name: i for i, name in enumerate(task.classes)}
     model = auto.from_pretrained(
         args.model, revision=args.revision, dtype=torch.float32, trust_remote_code=False,
         use_safetensors=True, **labels,
