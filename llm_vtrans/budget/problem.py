@@ -70,9 +70,10 @@ class Problem:
         Returns:
             `(n,)` dimensions of a head, or None where all stay, and `(n,)` bool.
         """
-        whole = self.architecture.head_dim
+        whole, per_unit = self.architecture.head_dim, self.architecture.divides_hidden
         if not self.is_coupled or whole is None:
-            return None, torch.ones_like(hidden, dtype=torch.bool)
+            divisor = heads * per_unit if self.is_uniform and per_unit else 1
+            return None, hidden % divisor == 0
         possible = (hidden % heads == 0) & (hidden <= heads * whole)
         return (hidden // heads).clamp(1, whole), possible
 

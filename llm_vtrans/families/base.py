@@ -177,6 +177,8 @@ class Architecture:
         norm: of the residual stream.
         couples_heads: the stock config knows no `head_dim`: heads times their width must be
             the hidden size, so that layout prunes dimensions inside heads, too.
+        divides_hidden: query heads of a unit of the heads' axis, where the number of all must
+            divide the hidden size in the stock layout; else None.
         rotates: whether norms come in front of what reads the stream, and all that they multiply
             by and add can be folded there or stay beside a tied head (see ROTATE).
     """
@@ -189,6 +191,7 @@ class Architecture:
     max_positions: int
     norm: Norm = Norm.RMS
     couples_heads: bool = False
+    divides_hidden: int | None = None
     rotates: bool = False
 
     @property

@@ -74,8 +74,15 @@ def describe(config: Any) -> Architecture:
         final_norm=FINAL_NORM,
         tied_head=HEAD if tied else None,
         max_positions=config.max_position_embeddings,
+        divides_hidden=config.num_attention_heads // num_groups if _stays_llama(config) else None,
         rotates=True,
     )
+
+
+def _stays_llama(config: Any) -> bool:
+    """Whether it cannot be written as mistral, which takes widths that LlamaConfig refuses."""
+    has_biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return bool(config.model_type == "llama" and has_biases)
 
 
 def _attention(
@@ -153,14 +160,10 @@ def _as_mistral(config: dict[str, Any]) -> dict[str, Any]:
     """A llama whose widths LlamaConfig refuses, written as mistral: the same function.
 
     LlamaConfig demands `hidden_size % num_attention_heads == 0` although `head_dim` is
-    explicit; MistralConfig does not, and without a sliding window it computes the same.
+    explicit; MistralConfig does not, and without a sliding window it computes the same. It has
+    no biases, so plans for a llama with them keep to what LlamaConfig takes (`divides_hidden`).
     """
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UserError(
-            f"hidden_size {config['hidden_size']} is not a multiple of "
-            f"{config['num_attention_heads']} heads and a llama with biases cannot be written as "
-            "mistral: use --layout per-layer, or --round-to with a multiple that fits"
-        )
+    assert not (config.get("attention_bias") or config.get("mlp_bias"))
     dropped = ("attention_bias", "mlp_bias", "pretraining_tp")
     new = {key: value for key, value in config.items() if key not in dropped}
     return new | {

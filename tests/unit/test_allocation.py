@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
 from llm_vtrans.allocation.allocate import PrunePlan, allocate
+from llm_vtrans.allocation.candidates import Candidates
 from llm_vtrans.allocation.shape_choice import Ranking, choose_uniform
 from llm_vtrans.budget.cost import Budget, dense_shape, parameter_cost
 from llm_vtrans.budget.problem import Problem, check_reachable
@@ -240,6 +241,32 @@ def test_stock_heads_fill_the_hidden_size(
     if "heads" not in structures:
         assert heads == HEADS
     assert cost.of(shape) <= budget.target
+
+
+@given(sparsity=st.floats(0.1, 0.7), seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_heads_divide_the_hidden_size_where_the_stock_config_demands_it(
+    sparsity: float, seed: int
+) -> None:
+    """A llama with biases cannot be written as mistral, which takes any number."""
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=96, intermediate_size=200, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, attention_bias=True,
+    )  # fmt: skip
+    architecture = family_for("llama").describe(config)
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    budget = Budget("params", int((1 - sparsity) * dense), dense)
+    problem = Problem(architecture, cost, budget, 1, True)
+    masks = VIBMasks(initial_shapes(architecture, ALL, True), 0.0, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in masks.names():
+            masks.log_var[name].copy_(3 * torch.randn(masks.mu[name].shape, generator=draw))
+    candidates = Candidates(masks, problem)
+    for plan in (candidates.first, *candidates.around(candidates.first)):
+        written = family_for("llama").stock_config(config.to_dict(), plan.shape)
+        assert written["hidden_size"] % written["num_attention_heads"] == 0
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.4, 0.45, 0.5])
