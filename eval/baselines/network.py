@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.basis.rotation import principal_basis, rotate_model, rotated_architecture
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import Architecture, Axis
@@ -97,6 +98,10 @@ class Network:
         """Logits `(batch, seq, vocab)`."""
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
+
+    def head_basis(self) -> HeadBasis:
+        """Of the dimensions inside heads, the weakest of which go with hidden dimensions."""
+        return balanced_basis(self.model, self.architecture, self.batches, self.forward)
 
     def weight(self, name: str) -> Tensor:
         """A parameter without its gradient."""

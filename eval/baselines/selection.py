@@ -22,7 +22,7 @@ from llm_vtrans.allocation.allocate import Allocator, PrunePlan
 from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
-from llm_vtrans.families import Architecture, Axis, Shape
+from llm_vtrans.families import Architecture, Axis, Sublayer
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.scoring.perplexity import token_perplexity
 
@@ -100,8 +100,11 @@ class Selection:
         """The candidate plan of lowest loss on held-out calibration text."""
         importances = self.importance(network, case.seed)
         chosen = {name: importances[name] for name in self.structures}
+        basis = network.head_basis() if problem.is_coupled else None
+        if basis is not None:
+            problem = replace(problem, head_retention=basis.retained)
         plans = [
-            allocator.plan(fixed=fixed)
+            replace(allocator.plan(fixed=fixed), basis=basis)
             for scores in self.scores(chosen, network.architecture.num_layers)
             for allocator in [Allocator(scores, {}, problem)]
             for fixed in self._fixed(problem)
@@ -122,22 +125,30 @@ class Selection:
 
 
 def hidden_sizes(problem: Problem, pruned: frozenset[str]) -> list[int]:
-    """Hidden sizes to try, from the one that meets the budget alone to the largest possible."""
-    architecture, target = problem.architecture, problem.budget.target
-    units, layers = architecture.num_units, architecture.num_layers
+    """Hidden sizes to try, from the one that meets the budget alone to the largest possible.
 
-    def cost(size: int, heads: int, ffn: int) -> int:
-        return problem.cost.of(Shape(size, (heads,) * layers, (ffn,) * layers))
+    Where the stock config demands that heads divide it, those that a number of heads does.
+    """
+    layers, target = problem.architecture.num_layers, problem.budget.target
+    hidden = torch.tensor(problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned))
+    ffn = problem.counts(Axis.FFN, Axis.FFN in pruned)
 
-    sizes = range(1, units[Axis.HIDDEN] + 1)
-    alone = [n for n in sizes if cost(n, units[Axis.HEADS], units[Axis.FFN]) <= target]
-    possible = [n for n in sizes if cost(n, 1, 1) <= target]
-    if not possible:
+    def fits(heads: int, ffn: int) -> Tensor:
+        """Which sizes the budget admits with so many units in every layer."""
+        head_dim, possible = problem.head_widths(hidden, heads)
+        attention = problem.cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
+        every = attention + problem.cost.part(Sublayer.FFN, hidden, ffn)
+        return possible & (problem.cost.outside(hidden) + layers * every <= target)
+
+    heads = problem.counts(Axis.HEADS, Axis.HEADS in pruned)
+    possible = hidden[torch.stack([fits(number, ffn[0]) for number in heads]).any(0)]
+    if not len(possible):
         check_reachable(problem, pruned)
         raise UserError(f"budget of {target:,} parameters is unreachable: lower --sparsity")
-    least, most = (alone or possible[:1])[-1], possible[-1]
-    steps = torch.linspace(least, most, NUM_HIDDEN_SIZES).round().int().tolist()
-    return sorted(set(steps))
+    alone = hidden[fits(heads[-1], ffn[-1])]
+    between = possible[possible >= alone[-1]] if len(alone) else possible
+    steps = torch.linspace(0, len(between) - 1, NUM_HIDDEN_SIZES).round().long()
+    return sorted({*between[steps].tolist()})
 
 
 def masked_loss(masked: MaskedModel, plan: PrunePlan, windows: Tensor) -> float:

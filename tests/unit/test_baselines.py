@@ -236,3 +236,15 @@ def test_variants_share_their_score() -> None:
         assert isinstance(plain, Selection) and isinstance(hidden, Selection)
         assert plain.importance is hidden.importance
         assert rotated == replace(hidden, is_rotated=True)
+
+
+@pytest.mark.parametrize("name", ["wanda-sp+hidden", "magnitude+hidden"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_hidden_dimensions_where_heads_divide_them(
+    tmp_path: Path, name: str, sparsity: float
+) -> None:
+    """GPT-2's stock config: of the hidden sizes only those that a number of heads divides."""
+    pruned = BASELINES[name].prune(case(tmp_path, "gpt2", sparsity))
+    assert pruned.pruning is not None
+    shape = pruned.pruning.plan.shape
+    assert shape.hidden < 24 and shape.hidden % max(shape.heads) == 0
