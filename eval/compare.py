@@ -4,12 +4,12 @@ r"""Compare methods of structured pruning at the same budget: one table, one plo
         --output report/ [--seeds 0 1 2] [--layout both] [--recover none least-squares lora] \
         [--processes 2]
 
-Every method sees the same groups, calibration windows and budget over ALL parameters, is
+Every method has the same groups, calibration windows and budget over ALL parameters, is
 exported by the same code and scored by the same protocol, with hyperparameters that are the
-same for every model and budget. `ours` is the product's own job; its results stay in
-`OUTPUT/ours`. Every cell (method, sparsity, layout, recovery, seed) runs in a process of its own
-and leaves one file in `OUTPUT/cells`: a rerun computes what is missing, and a cell that dies
-leaves the others alone.
+same for every model and budget. One-shot selections look at the first 160 windows, `ours` trains
+on all. It is the product's own job; its results stay in `OUTPUT/ours`. Every cell (method,
+sparsity, layout, recovery, seed) runs in a process of its own and leaves one file in
+`OUTPUT/cells`: a rerun computes what is missing, and a cell that dies leaves the others alone.
 """
 
 from __future__ import annotations

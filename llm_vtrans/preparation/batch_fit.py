@@ -29,8 +29,9 @@ def split_step(
 ) -> PruneArguments:
     """The options with the same step in the fewest micro-batches, by what `plan` estimates.
 
-    A step keeps its sequences, so that what comes out does not depend on the device. Where not
-    even one sequence fits by the estimate, the run tries with one.
+    A step keeps its sequences on every device. Masks are drawn once a micro-batch, so another split
+    is another draw, as another seed would be. Where not even one sequence fits by the estimate, the
+    run tries with one.
 
     Args:
         args: `filled` ones.
