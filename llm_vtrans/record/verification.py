@@ -6,6 +6,7 @@ the others, so that one call tells everything that is wrong.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -176,7 +177,10 @@ def check_macs(subject: Subject) -> Iterator[str]:
     stated, seq_len = subject.manifest["macs"]["after"], subject.manifest["macs"]["seq_len"]
     tokens = torch.ones(1, seq_len, dtype=torch.long, device="meta")
     with init_empty_weights(), torch.device("meta"):
-        model = auto_class(subject.config).from_config(subject.config, attn_implementation="eager")
+        model = auto_class(subject.config).from_config(
+            copy.deepcopy(subject.config), attn_implementation="eager"
+        )
+    model.config.pad_token_id = None  # tokens without values cannot be searched for it
     if subject.manifest.get("task") == "multiple-choice":
         tokens = tokens[:, None]
     with FlopCounterMode(display=False) as counter:

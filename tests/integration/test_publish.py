@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -11,16 +13,19 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
+from llm_vtrans.budget.cost import dense_shape, mac_cost
 from llm_vtrans.commands.export import export
 from llm_vtrans.commands.publish import publish
 from llm_vtrans.commands.verify import verify as verify_command
 from llm_vtrans.errors import UserError
+from llm_vtrans.families import family_for
 from llm_vtrans.preparation.command_line import parse
 from llm_vtrans.prune import prune
 from llm_vtrans.record.masks_file import MASKS_FILE, TUNING_FILE
 from llm_vtrans.record.model_card import base_license, front_matter
-from llm_vtrans.record.verification import CHECKS, Subject, verify
+from llm_vtrans.record.verification import CHECKS, Subject, check_macs, verify
 from tests.runs import flags, write_inputs
+from tests.tiny import CONFIGS, tiny_model
 
 
 @pytest.fixture(scope="module", params=["stock", "per-layer"])
@@ -228,3 +233,18 @@ def test_licence_of_the_base(tmp_path, card, config, expected):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert base_license(tmp_path, config) == expected
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("padding", [None, 0])
+def test_macs_are_counted_whether_padding_has_a_token(name: str, padding: int | None) -> None:
+    model = tiny_model(name)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    if padding is not None or config.model_type != "roberta":  # which counts positions by it
+        config.pad_token_id = padding
+    architecture = family_for(config.model_type).describe(config)
+    macs = mac_cost(architecture, 8).of(dense_shape(architecture))
+    task = "multiple-choice" if name.endswith("choose") else "clm"
+    manifest = {"macs": {"after": macs, "seq_len": 8}, "budget": {"kind": "params"}, "task": task}
+    assert [*check_macs(cast(Subject, SimpleNamespace(manifest=manifest, config=config)))] == []
