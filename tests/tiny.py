@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     BertConfig,
     GemmaConfig,
@@ -107,6 +108,13 @@ def tiny_model(name: str, seed: int = 0, config: PreTrainedConfig | None = None)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model.eval()
+
+
+def padded(num: int) -> dict[str, Tensor]:
+    """Texts of six tokens, so many of padding behind them, and the mask that tells which."""
+    ids = torch.randint(1, VOCAB_SIZE, (16, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {name: torch.nn.functional.pad(tensor, (0, num)) for name, tensor in inputs.items()}
 
 
 def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_vtrans.basis.moments import token_rows, tokens_of
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered
 from llm_vtrans.families.base import Architecture, Axis, Dim, Role
@@ -117,9 +118,14 @@ def balanced_basis(
         role: torch.zeros(num_layers, num_heads, width, width, device=device) for role in Role
     }
 
-    def observe(moment: Tensor, x: Tensor) -> None:
-        heads = x.detach().flatten(0, -2).float().unflatten(-1, (num_heads, width))
+    rows: Tensor | None = None
+
+    def add(moment: Tensor, x: Tensor) -> None:
+        heads = x.detach().float().unflatten(-1, (num_heads, width))
         moment += torch.einsum("nhd,nhe->hde", heads, heads)
+
+    def observe(moment: Tensor, x: Tensor) -> None:
+        add(moment, tokens_of(x, rows))
 
     hooks = []
     for name, (spec, layer) in architecture.named_tensors().items():
@@ -131,7 +137,7 @@ def balanced_basis(
         if dim.roles == (Role.OUTPUT,):
             weight = module.get_parameter(leaf)
             with gathered([weight]):
-                observe(moments[Role.OUTPUT][layer], weight.movedim(spec.dims.index(dim), -1))
+                add(moments[Role.OUTPUT][layer], weight.movedim(spec.dims.index(dim), -1))
             mixed = moments[Role.VALUE][layer]
             hooks.append(
                 module.register_forward_pre_hook(lambda _, args, m=mixed: observe(m, args[0]))
@@ -148,6 +154,7 @@ def balanced_basis(
         hooks.append(module.register_forward_hook(split))
     with removed_after(hooks):
         for batch in batches:
+            rows = token_rows(batch)
             forward(batch)
     return agreed(_balance(moments))
 

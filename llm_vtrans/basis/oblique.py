@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_vtrans.basis.moments import add_moment
+from llm_vtrans.basis.moments import add_moment, token_rows, tokens_of
 from llm_vtrans.basis.rotation import level
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Architecture, Axis, Norm, Place, Stream
@@ -214,6 +214,7 @@ def oblique_basis(
     with removed_after(hooks), torch.enable_grad():
         for number, batch in enumerate(batches):
             outputs.clear()
+            rows = token_rows(batch)
             surprise = _surprise(masked(batch), seed + number)
             seen = tuple(outputs)
             grads = torch.autograd.grad(surprise, seen)
@@ -221,8 +222,8 @@ def oblique_basis(
                 moments = [seen[0].new_zeros(size, size, dtype=torch.float32) for _ in range(2)]
             for moment, tensors in zip(moments, (seen, grads), strict=True):
                 for tensor in tensors:
-                    flat = tensor.detach().flatten(0, -2)
-                    add_moment(moment, flat, flat)
+                    tokens = tokens_of(tensor.detach(), rows)
+                    add_moment(moment, tokens, tokens)
     final_norm, has_mean = masked.tuning.final_norm, architecture.norm is Norm.LAYER
     if has_mean:
         outer = level(size)[:, :-1].to(moments[0].device)

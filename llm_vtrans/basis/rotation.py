@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.basis.moments import add_moment
+from llm_vtrans.basis.moments import add_moment, token_rows, tokens_of
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.distributed.zero3 import gathered, is_writer
 from llm_vtrans.families.base import Architecture, Axis, Norm, Stream, TensorSpec
@@ -247,16 +247,18 @@ def principal_basis(
 
     Returns:
         Orthogonal `(hidden_size, hidden_size)` float32: eigenvectors of the second moment of
-        `x / rms(x)` over all tokens and norms, by descending eigenvalue. Where norms subtract
-        the mean, so is it here, and what is left is written in coordinates of that mean.
+        `x / rms(x)` over all norms and all tokens but padding, by descending eigenvalue. Where
+        norms subtract the mean, so is it here, and what is left is written in coordinates of that
+        mean.
     """
     size = architecture.num_units[Axis.HIDDEN]
     device = next(model.parameters()).device
     has_mean = architecture.norm is Norm.LAYER
     moment = torch.zeros(size, size, dtype=torch.float32, device=device)
+    rows: Tensor | None = None
 
     def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stream = args[0].detach().flatten(0, -2)
+        stream = tokens_of(args[0].detach(), rows)
         x = stream.float()
         x = x - x.mean(-1, keepdim=True) if has_mean else x
         x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-12)).to(stream.dtype)
@@ -269,6 +271,7 @@ def principal_basis(
     ]
     with removed_after(hooks):
         for batch in batches:
+            rows = token_rows(batch)
             forward(batch)
     moment = moment.double()
     if has_mean:  # the direction of the mean comes last

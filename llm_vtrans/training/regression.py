@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_vtrans.basis.moments import add_moment
+from llm_vtrans.basis.moments import add_moment, token_rows, tokens_of
 from llm_vtrans.distributed.ranks import agreed
 from llm_vtrans.families.base import Stream, TensorSpec
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN, PRESENT_LAYERS, Gates
 from llm_vtrans.masking.hooks import removed_after
 from llm_vtrans.tasks.encoding import Batch
-from llm_vtrans.training.layer_matching import token_mask
 
 RIDGE = 0.01  # of the mean square of what is read, towards the map that is there
 STEP = 0.5  # of the way to each regression's solution
@@ -74,10 +73,10 @@ def _refit(
     kept = gates.get(KEPT_HIDDEN)
     moments: dict[str, list[Tensor]] = {}
     for batch in batches:
-        mask = token_mask(batch)
+        rows = token_rows(batch)
         dense, pruned = (_read(masked, places, g, batch) for g in (None, gates))
         for place, name in places.items():
-            x, s = (_tokens(read[place], mask) for read in (dense, pruned))
+            x, s = (tokens_of(read[place], rows) for read in (dense, pruned))
             s = s if kept is None else s[:, kept]
             if name not in moments:
                 shapes = (s.shape[1], s.shape[1]), (x.shape[1], s.shape[1])
@@ -163,9 +162,3 @@ def _read(
         masked.set_gates(gates)
         masked(batch)
     return seen
-
-
-def _tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of what is no padding, `(tokens, hidden_size)`."""
-    rows = stream.flatten(0, -2)
-    return rows if mask is None else rows[mask.flatten() > 0]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llm_vtrans.allocation.allocate import PrunePlan
-from llm_vtrans.basis.head_basis import balanced_basis
+from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
 from llm_vtrans.budget.cost import complete
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
@@ -18,7 +18,7 @@ from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.by_layer import PRESENT_LAYERS
 from llm_vtrans.masking.gating import weighted_layer_norm
-from tests.tiny import CONFIGS, save_tiny, tiny_model
+from tests.tiny import CONFIGS, padded, save_tiny, tiny_model
 
 LAYER_NORM = [name for name in CONFIGS if name.startswith(("gpt2", "bert", "roberta"))]
 
@@ -136,3 +136,17 @@ def test_every_sublayer_has_its_rows() -> None:
     for name, config in CONFIGS.items():
         rows = family_for(config.model_type).describe(config).tensors
         assert {row.sublayer for row in rows} >= set(Sublayer), name
+
+
+@pytest.mark.parametrize("name", ["bert-classify", "bert-choose", "gpt2-classify"])
+def test_head_basis_sees_no_padding(name: str) -> None:
+    model = tiny_model(name)
+    architecture = family_for(model.config.model_type).describe(model.config)
+
+    def basis(num_padding: int) -> HeadBasis:
+        batch = padded(num_padding)
+        if name.endswith("choose"):
+            batch = {key: tensor.unflatten(0, (-1, 2)) for key, tensor in batch.items()}
+        return balanced_basis(model, architecture, [batch], lambda b: model(**b))
+
+    torch.testing.assert_close(basis(0).retained, basis(26).retained, rtol=1e-4, atol=1e-5)

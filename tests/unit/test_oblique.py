@@ -19,7 +19,7 @@ from llm_vtrans.loading.model import final_norm, load_model
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.masking.tuning import Tuning
-from tests.tiny import VOCAB_SIZE, save_tiny
+from tests.tiny import VOCAB_SIZE, padded, save_tiny
 from tests.unit.test_exactness import random_rotation
 
 WIDTH = 12
@@ -80,6 +80,17 @@ def test_observed_moments(tmp_path: Path, family: str) -> None:
     masked(tokens)
     handle.remove()
     assert not seen[0].requires_grad and len(norm._forward_hooks) <= 1
+
+
+def test_padding_is_not_observed(tmp_path: Path) -> None:
+    source = open_source(str(save_tiny("llama-classify", tmp_path)))
+    masked = MaskedModel(
+        load_model(source, torch.float32, torch.device("cpu")), source.architecture
+    )
+    basis, other = (oblique_basis(masked, source.architecture, [padded(n)], 0) for n in (0, 26))
+    assert isinstance(basis, ObliqueBasis) and isinstance(other, ObliqueBasis)
+    torch.testing.assert_close(basis.inputs, other.inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis.fisher, other.fisher, rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(0, 2**31), st.integers(1, WIDTH))

@@ -13,7 +13,7 @@ from llm_vtrans.families import Axis, family_for
 from llm_vtrans.families.base import Norm, Stream
 from llm_vtrans.loading.model import Weights, fill_model, load_model
 from llm_vtrans.loading.source import open_source
-from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
+from tests.tiny import VOCAB_SIZE, padded, save_tiny, tiny_model
 from tests.unit.test_exactness import random_rotation
 
 
@@ -44,6 +44,21 @@ def test_principal_basis_diagonalises_the_normalised_stream(name: str) -> None:
     energy = moment.diagonal()
     assert (energy[:-1] >= energy[1:] - 1e-3).all()
     assert (moment - energy.diag()).abs().max() < 1e-3 * energy.max()
+
+
+@pytest.mark.parametrize("name", ["llama-classify", "gpt2-classify"])
+def test_padding_turns_no_direction(name: str) -> None:
+    """Nor does a mask that hides nothing, to the last digit."""
+    model = tiny_model(name)
+    architecture = family_for(model.config.model_type).describe(model.config)
+    unmasked = {"input_ids": padded(0)["input_ids"]}
+    bare, whole, longer = (
+        principal_basis(model, architecture, [batch], lambda b: model(**b))
+        for batch in (unmasked, padded(0), padded(26))
+    )
+    assert torch.equal(bare, whole)
+    leading, other = bare[:, :8], longer[:, :8]
+    torch.testing.assert_close(leading @ leading.T, other @ other.T, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
