@@ -43,14 +43,7 @@ from llm_vtrans.timing.timed_choice import choose_in_time, corrected
 from llm_vtrans.training.dense_teacher import DenseTeacher
 from llm_vtrans.training.distillation import Distillation, SelfDistillation
 from llm_vtrans.training.loop import Objective, Progress, tokens_per_step, train
-from llm_vtrans.training.run_state import (
-    STATE_FILE,
-    STATE_FOLDER,
-    extra_tensors,
-    open_state,
-    restore,
-    save_state,
-)
+from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER, open_state, restore, save_state
 from llm_vtrans.training.search import INITIAL_LOG_VAR, SearchObjective, initial_shapes
 from llm_vtrans.training.shrinking import Shrinker
 from llm_vtrans.training.smaller import narrow
@@ -144,7 +137,7 @@ class Job(Prepared):
         if self.is_searched:
             self.masks.load_state_dict({name: known[name] for name in self.masks.state_dict()})
         if self.accelerator.is_main_process:
-            open_state(self.output.path, None if self.saved is None else self.saved[0])
+            open_state(self.output.path, self.saved.step if self.saved else None)
         if self.args.track:
             settings = {name: str(value) for name, value in asdict(self.args).items()}
             self.accelerator.init_trackers(self.output.path.name, settings)
@@ -186,7 +179,7 @@ class Job(Prepared):
     def _known(self) -> dict[str, Tensor]:
         """What was trained before: by the unfinished run, or by the one that `--masks` names."""
         if self.saved is not None:
-            return extra_tensors(self.saved[1])
+            return self.saved.extra
         checkpoint = self.source.checkpoint.sha256
         return reused_masks(self.args, self.architecture, self.uses_rotation, checkpoint)
 
@@ -224,7 +217,7 @@ class Job(Prepared):
                 self.masked, self.source, self.problem, self.args.shrink_every,
                 self.args.gradient_checkpointing,
             )  # fmt: skip
-            shrinker.recall(extra_tensors(self.saved[1]) if self.saved else {})
+            shrinker.recall(self.saved.extra if self.saved else {})
         objective = SearchObjective(
             self.distillation, self.masks, self.problem.limits, self.settings, shrinker
         )
@@ -240,7 +233,7 @@ class Job(Prepared):
         with self.reporter.phase("allocate"):
             if self.saved is not None:
                 with blame(self.output.path / STATE_FILE, "start with --overwrite"):
-                    self._recall(extra_tensors(self.saved[1]))
+                    self._recall(self.saved.extra)
                 if self.stopwatch is not None:
                     self.problem = corrected(self.problem, self.plan.shape, self._nanoseconds)
                 return
@@ -335,7 +328,7 @@ class Job(Prepared):
         optimizer = objective.optimizer()
         first_step = objective.stage.start
         if self.saved is not None:
-            first_step, tensors = self.saved
+            first_step, tensors = self.saved.step, self.saved.tensors
             self.saved = None
             with blame(self.output.path / STATE_FILE, "start with --overwrite"):
                 restore(tensors, objective, optimizer)
@@ -344,7 +337,10 @@ class Job(Prepared):
         def save(step: int) -> None:
             if self.accelerator.is_main_process:
                 extra = {**record, **objective.record()}
-                save_state(self.output.path, step, objective, optimizer, extra, self.fingerprint)
+                save_state(
+                    self.output.path, step, objective, optimizer, extra, self.fingerprint,
+                    self.reporter.record(),
+                )  # fmt: skip
 
         with self.preemption.deferred(self.accelerator):
             train(

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.arguments import PruneArguments
@@ -44,7 +43,7 @@ from llm_vtrans.timing.stopwatch import Stopwatch
 from llm_vtrans.training.loop import TrainingSettings
 from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.rehearsal import Rehearsal
-from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER, read_state
+from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER, SavedState, read_state
 from llm_vtrans.training.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.training.trained_weights import BYTES_PER_PARAMETER, check_trainable
 
@@ -65,7 +64,7 @@ class Prepared:
         output: the result's folder.
         preemption: tells when a signal asks the run to go.
         stopwatch: times networks, where there is a budget of time.
-        saved: step and tensors of the unfinished run to continue.
+        saved: state of the unfinished run to continue.
     """
 
     args: PruneArguments
@@ -79,7 +78,7 @@ class Prepared:
     output: OutputFolder
     preemption: Preemption
     stopwatch: Stopwatch | None = None
-    saved: tuple[int, dict[str, Tensor]] | None = None
+    saved: SavedState | None = None
 
     @classmethod
     def prepare(cls, args: PruneArguments, preemption: Preemption) -> Self:
@@ -125,6 +124,8 @@ class Prepared:
             output, preemption, stopwatch,
         )  # fmt: skip
         job.saved = job._saved_state()
+        if job.saved is not None:
+            reporter.take_up(job.saved.phases)
         reporter.num_steps = settings.num_steps + job.recovery_steps
         return job
 
@@ -202,7 +203,7 @@ class Prepared:
         """What the model computes in."""
         return compute_dtype(self.args.dtype, self.accelerator.device)
 
-    def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
+    def _saved_state(self) -> SavedState | None:
         """The unfinished run in the output folder, if it is to be continued."""
         folder = self.output.path
         exists = (folder / STATE_FILE).is_file()

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +34,14 @@ class Phase:
     peak_rss: int
     peak_device: int
 
+    def __add__(self, other: Phase) -> Phase:
+        """Both parts of a phase that was done in two."""
+        return Phase(
+            self.seconds + other.seconds,
+            max(self.peak_rss, other.peak_rss),
+            max(self.peak_device, other.peak_device),
+        )
+
 
 @dataclass
 class Reporter:
@@ -43,7 +51,7 @@ class Reporter:
         is_main: whether this is rank zero; other ranks stay silent.
         is_quiet: whether rank zero prints nothing either; metrics are written all the same.
         num_steps: of training, for the progress line.
-        phases: seconds and peak memory by name, in order.
+        phases: seconds and peak memory by name, in order; those before an interruption count.
     """
 
     is_main: bool
@@ -51,6 +59,7 @@ class Reporter:
     num_steps: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
     _has_live_line: bool = False
+    _running: dict[str, float] = field(default_factory=dict)  # since when, by the phase's name
 
     def say(self, text: str) -> None:
         """One line on standard output."""
@@ -71,13 +80,34 @@ class Reporter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures a phase; the peak counters start anew where the system allows it."""
+        self._measure()  # those that this one is a part of
         _reset_peaks()
-        start = time.perf_counter()
+        self._running[name] = time.perf_counter()
         yield
+        self._measure()
+        del self._running[name]
+
+    def _measure(self) -> None:
+        """Adds to the phases that run what they took since this was called last."""
+        if not self._running:
+            return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        self.phases[name] = Phase(time.perf_counter() - start, peak_rss(), device)
+        now, resident = time.perf_counter(), peak_rss()
+        for name, start in self._running.items():
+            self._add(name, Phase(now - start, resident, device))
+            self._running[name] = now
+
+    def _add(self, name: str, part: Phase) -> None:
+        self.phases[name] = self.phases[name] + part if name in self.phases else part
+
+    def take_up(self, earlier: Mapping[str, Any]) -> None:
+        """Counts what the run took before it was interrupted, as `record` gave it then."""
+        now = self.phases
+        self.phases = {name: Phase(**phase) for name, phase in earlier.items()}
+        for name, phase in now.items():
+            self._add(name, phase)
 
     def progress(self, folder: Path, progress: Progress) -> None:
         """Appends a line to metrics.jsonl and prints the same for people."""
@@ -101,7 +131,8 @@ class Reporter:
         )
 
     def record(self) -> dict[str, Any]:
-        """Phases for the manifest."""
+        """Phases for the manifest or a saved state; those that run, as far as they have come."""
+        self._measure()
         return {name: asdict(phase) for name, phase in self.phases.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,27 @@ from llm_vtrans.training.trained_weights import FOLDER as WEIGHTS_FOLDER
 
 STATE_FOLDER = "state"  # inside the output folder
 STATE_FILE = f"{STATE_FOLDER}/training.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What an unfinished run left.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: parameters, optimizer and `extra`.
+        phases: what the run had cost, see `Reporter.record`; older versions did not save it.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    phases: dict[str, Any]
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """The `extra` tensors that `save_state` was given."""
+        prefix = "extra."
+        return {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
 
 
 def open_state(folder: Path, saved_step: int | None) -> None:
@@ -60,6 +82,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Tensor],
     fingerprint: dict[str, Any],
+    phases: dict[str, Any],
 ) -> None:
     """Replaces the saved state.
 
@@ -71,20 +94,25 @@ def save_state(
         extra: further tensors that a resumed run needs (the rotation, and
             in the second stage the masks).
         fingerprint: settings that a resumed run must share.
+        phases: what the run has cost so far.
     """
     tensors = {f"extra.{name}": tensor for name, tensor in extra.items()}
     for name, parameter in _trained(objective).items():
         tensors[f"parameter.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach()
-    metadata = {"step": str(step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
+    metadata = {
+        "step": str(step),
+        "fingerprint": json.dumps(fingerprint, sort_keys=True),
+        "phases": json.dumps(phases),
+    }
     path = folder / STATE_FILE
     path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
     atomic_write(path, file_parts(tensors, metadata))
 
 
-def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
-    """Step and tensors of the saved state, or None if there is none.
+def read_state(folder: Path, fingerprint: dict[str, Any]) -> SavedState | None:
+    """The saved state, or None if there is none.
 
     Raises:
         UserError: the state is unreadable, or belongs to a run with other settings.
@@ -97,6 +125,7 @@ def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step, saved = int(metadata["step"]), json.loads(metadata["fingerprint"])
+        phases = json.loads(metadata.get("phases", "{}"))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no usable training state ({error}); start with --overwrite"
@@ -109,7 +138,7 @@ def read_state(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, dict[str
             f"{path}: the unfinished run had {key} {saved.get(key)!r}, this one has "
             f"{now.get(key)!r}: give the same settings to --resume, or start with --overwrite"
         )
-    return step, tensors
+    return SavedState(step, tensors, phases)
 
 
 def restore(
@@ -127,8 +156,3 @@ def restore(
             for key, value in tensors.items()
             if key.startswith("optimizer.") and key.endswith(suffix)
         }
-
-
-def extra_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `extra` tensors that `save_state` was given."""
-    return {n.removeprefix("extra."): t for n, t in tensors.items() if n.startswith("extra.")}

@@ -69,6 +69,13 @@ def saved_step(folder: Path) -> int:
         return 0
 
 
+def saved_phases(folder: Path) -> dict[str, dict[str, float]]:
+    """What the run had cost when its state was saved."""
+    with safe_open(folder / STATE, framework="pt") as state:
+        phases: dict[str, dict[str, float]] = json.loads(state.metadata()["phases"])
+    return phases
+
+
 def kill_after(folder: Path, step: int, *more: str) -> None:
     """Starts the run and kills it as soon as a state of `step` or later is saved."""
     process = start(long_run(folder, *more))
@@ -98,7 +105,8 @@ def test_kill_and_resume(
 
     first = saved_step(work)
     kill_after(work, max(first + 20, NUM_STEPS // 2 + 5), "--resume")
-    second = saved_step(work)
+    second, before = saved_step(work), saved_phases(work)
+    assert before["search"]["seconds"] > 0 and before["tune"]["seconds"] > 0
     half_written = (work / STATE).with_name(".training.safetensors.partial-4000000000")
     half_written.write_bytes(b"a kill while a state was being written leaves this")
     with (work / STATE).with_name("metrics.jsonl").open("a") as file:
@@ -107,6 +115,13 @@ def test_kill_and_resume(
     assert run_command(prune, long_run(work, "--resume")) == 0
     assert f"resumed after step {second}" in capsys.readouterr().out
     assert hashes(work) == hashes(uninterrupted)
+    phases = json.loads((work / "out" / "vtrans.json").read_text())["phases"]
+    for name, phase in before.items():
+        assert all(phases[name][key] >= earlier for key, earlier in phase.items())
+    assert phases["search"] == before["search"]  # was over; tuning went on
+    assert phases["tune"]["seconds"] > before["tune"]["seconds"]
+    whole = json.loads((uninterrupted / "out" / "vtrans.json").read_text())["phases"]
+    assert phases.keys() == whole.keys()
     assert [line["step"] for line in metrics(work)] == list(range(1, NUM_STEPS + 1))
     assert metrics(work) == metrics(uninterrupted)
     assert {path.name for path in (work / "out").iterdir()} == {
@@ -128,6 +143,21 @@ def test_a_state_that_lacks_something_is_told(
     errors = capsys.readouterr().err
     line = errors.splitlines()[-1]  # a library may say something before
     assert "untuned" in line and "--overwrite" in line and "Traceback" not in errors
+
+
+def test_a_state_that_lacks_what_the_run_had_cost_is_resumed(
+    uninterrupted: Path, work: Path
+) -> None:
+    """One that an older version wrote: only what comes after it is counted."""
+    kill_after(work, NUM_STEPS // 2 + 5)
+    with safe_open(work / STATE, framework="pt") as state:
+        metadata = state.metadata()
+    del metadata["phases"]
+    save_file(load_file(work / STATE), work / STATE, metadata)
+    assert run_command(prune, long_run(work, "--resume", "--quiet")) == 0
+    assert hashes(work) == hashes(uninterrupted)
+    phases = json.loads((work / "out" / "vtrans.json").read_text())["phases"]
+    assert "tune" in phases and "search" not in phases
 
 
 def test_resume_of_nothing_runs(work: Path) -> None:

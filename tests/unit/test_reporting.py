@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from llm_vtrans.record import reporting
 from llm_vtrans.record.reporting import CLEAR_LINE, METRICS_FILE, Reporter
 from llm_vtrans.training.loop import Progress
 
@@ -57,3 +58,34 @@ def test_a_phase_does_not_count_what_an_earlier_one_gave_back() -> None:
         pass
     first, second = (reporter.phases[name].peak_rss for name in ("first", "second"))
     assert first - second > 200e6 and len(kept) == 80
+
+
+def test_phases_add_up_over_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded within a phase, seconds so far included, counts in the run that goes on."""
+    clock, peak = iter([10.0, 15.0, 100.0, 102.0, 200.0, 203.0]), iter([5, 7, 9])
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(reporting, "peak_rss", lambda: next(peak))
+    stopped = Reporter(is_main=True)
+    with pytest.raises(KeyboardInterrupt), stopped.phase("search"):
+        saved = json.loads(json.dumps(stopped.record()))
+        raise KeyboardInterrupt
+    resumed = Reporter(is_main=True)
+    with resumed.phase("calibration"):
+        pass
+    resumed.take_up(saved)
+    with resumed.phase("search"):
+        pass
+    assert resumed.record() == {
+        "search": {"seconds": 8.0, "peak_rss": 9, "peak_device": 0},
+        "calibration": {"seconds": 2.0, "peak_rss": 7, "peak_device": 0},
+    }
+
+
+def test_a_phase_within_another_counts_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    reporter = Reporter(is_main=True)
+    with reporter.phase("recover"), reporter.phase("score"):
+        pass
+    seconds = {name: phase["seconds"] for name, phase in reporter.record().items()}
+    assert seconds == {"recover": 7.0, "score": 2.0}
