@@ -102,10 +102,9 @@ class Reporter:
     def _add(self, name: str, part: Phase) -> None:
         self.phases[name] = self.phases[name] + part if name in self.phases else part
 
-    def take_up(self, earlier: Mapping[str, Any]) -> None:
-        """Counts what the run took before it was interrupted, as `record` gave it then."""
-        now = self.phases
-        self.phases = {name: Phase(**phase) for name, phase in earlier.items()}
+    def take_up(self, earlier: Mapping[str, Phase]) -> None:
+        """Counts what the run took before it was interrupted."""
+        now, self.phases = self.phases, dict(earlier)
         for name, phase in now.items():
             self._add(name, phase)
 

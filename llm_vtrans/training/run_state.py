@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.shard_writer import file_parts
 from llm_vtrans.record.output_folder import PRIVATE_FOLDER, atomic_write
-from llm_vtrans.record.reporting import METRICS_FILE, truncate_metrics
+from llm_vtrans.record.reporting import METRICS_FILE, Phase, truncate_metrics
 from llm_vtrans.training.loop import Objective
 from llm_vtrans.training.trained_weights import FOLDER as WEIGHTS_FOLDER
 
@@ -36,7 +36,7 @@ class SavedState:
 
     step: int
     tensors: dict[str, Tensor]
-    phases: dict[str, Any]
+    phases: dict[str, Phase]
 
     @property
     def extra(self) -> dict[str, Tensor]:
@@ -125,8 +125,9 @@ def read_state(folder: Path, fingerprint: dict[str, Any]) -> SavedState | None:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step, saved = int(metadata["step"]), json.loads(metadata["fingerprint"])
-        phases = json.loads(metadata.get("phases", "{}"))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        known = json.loads(metadata.get("phases", "{}"))
+        phases = {name: Phase(**phase) for name, phase in known.items()}
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no usable training state ({error}); start with --overwrite"
         ) from error

@@ -67,7 +67,7 @@ def test_phases_add_up_over_an_interruption(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reporting, "peak_rss", lambda: next(peak))
     stopped = Reporter(is_main=True)
     with pytest.raises(KeyboardInterrupt), stopped.phase("search"):
-        saved = json.loads(json.dumps(stopped.record()))
+        saved = {name: reporting.Phase(**phase) for name, phase in stopped.record().items()}
         raise KeyboardInterrupt
     resumed = Reporter(is_main=True)
     with resumed.phase("calibration"):
