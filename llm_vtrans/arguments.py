@@ -13,8 +13,9 @@ from llm_vtrans.timing.latency import Pass
 
 STRUCTURES = ("hidden", "heads", "ffn", "layers")
 BUDGETS = ("sparsity", "params", "budgets")  # they exclude each other
+LIMITS = (*BUDGETS, "macs", "latency_ms")  # one is needed at least
 TASKS = ("clm", "mlm", "classification", "regression", "multiple-choice", "qa")
-VARIANTS = ("faster", "fast", "vtrans")
+VARIANTS = ("faster", "fast", "vtrans")  # the first leaves the weights as they are
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RECOVERIES = ("none", "least-squares", "lora", "full")
 LOAD_FORMS = ("full", "4bit", "8bit")
@@ -233,10 +234,11 @@ class PruneArguments:
             raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
         if not given and self.macs is None and self.latency_ms is None:
             self.sparsity = 0.5
-        for removed in (self.sparsity, *self.shares()):
-            if removed is not None and not 0 < removed < 1:
+        flag = "sparsity" if self.budgets is None else "budgets"
+        for removed in self.shares() if self.sparsity is None else [self.sparsity]:
+            if not 0 < removed < 1:
                 raise UserError(
-                    f"--sparsity must be in (0, 1), got {removed}: it is the share of all "
+                    f"--{flag} must be in (0, 1), got {removed}: it is the share of all "
                     "parameters that is removed, so 0.3 keeps 70%"
                 )
         self._check_variant()
@@ -272,7 +274,8 @@ class PruneArguments:
             share = f" x --data-fraction {self.fraction}" if self.fraction < 1 else ""
             raise UserError(
                 f"--samples {self.samples}{share} does not fill one step of --batch-size "
-                f"{self.batch_size} x --gradient-accumulation {self.gradient_accumulation}"
+                f"{self.batch_size} x --gradient-accumulation {self.gradient_accumulation}: lower "
+                "these, or give more samples"
             )
         self.structures()
         self.shard_bytes()
@@ -325,7 +328,7 @@ class PruneArguments:
     @property
     def trains_weights(self) -> bool:
         """Whether the variant trains the weights."""
-        return self.variant != "faster"
+        return self.variant != VARIANTS[0]
 
     @property
     def recovers(self) -> bool:

@@ -195,6 +195,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         with_flags("--params", "9K", "--sparsity", "0.5"),
         ("--sparsity", "--params", "one of them"),
     ),
+    "one budget of several": (with_flags("--budgets", "0.3,1.3"), ("--budgets must", "1.3")),
     "unknown flag": (with_flags("--sparsness", "0.5"), ("--sparsness", "--help")),
     "flag without value": (with_flags("--config"), ("--config", "expected one", "--help")),
     "no number": (with_flags("--samples", "few"), ("--samples", "'few'", "--help")),

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_vtrans.commands.command import run_command
+from llm_vtrans.commands.command import USER_ERROR, run_command
+from llm_vtrans.commands.export import export
 from llm_vtrans.errors import UserError
 from llm_vtrans.loading.source import open_source
 from llm_vtrans.prune import prune
@@ -101,3 +103,34 @@ def test_budgets_that_cannot_be_met_together(
     assert run_command(prune, given) == 2
     assert told in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*/*"))  # nothing was begun
+
+
+def test_another_size_replaces_every_budget_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "out"
+    assert run_command(prune, flags(write_inputs(tmp_path), "--macs", "0.5")) == 0
+
+    def exported(*budget: str) -> dict[str, Any]:
+        output = tmp_path / "-".join(budget)
+        assert run_command(export, ["--from", str(run), "--output", str(output), *budget]) == 0
+        manifest: dict[str, Any] = json.loads((output / "vtrans.json").read_text())
+        return manifest
+
+    larger = exported("--sparsity", "0.2")
+    assert larger["budget"]["kind"] == "params" and not larger["also"]
+    assert larger["params"]["after"] > 0.7 * larger["params"]["before"]
+    cheaper = exported("--macs", "0.7")
+    assert cheaper["budget"]["kind"] == "MACs" and not cheaper["also"]
+    assert cheaper["budget"]["target"] == int(0.7 * cheaper["budget"]["dense"])
+    assert run_command(export, ["--from", str(run), "--output", str(tmp_path / "no")]) == USER_ERROR
+    assert "--macs" in capsys.readouterr().err
+
+
+def test_trained_weights_serve_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags(write_inputs(tmp_path), "--variant", "fast", "--data-fraction", "0.5")
+    assert run_command(prune, given) == 0
+    other = ["--from", str(tmp_path / "out"), "--output", str(tmp_path / "b"), "--sparsity", "0.3"]
+    assert run_command(export, other) == USER_ERROR
+    line = capsys.readouterr().err
+    assert f"--from {tmp_path / 'out'}" in line and "--masks" not in line
