@@ -182,11 +182,25 @@ class Budget:
         kind: `params`, `MACs` or `ns`, the nanoseconds of a pass.
         target: largest allowed cost.
         dense: cost of the dense model.
+        asked: what the user allows where the target stays below it, as times differ when they
+            are measured again.
     """
 
     kind: str
     target: int
     dense: int
+    asked: int | None = None
+
+    @property
+    def allowed(self) -> int:
+        """What the user allows."""
+        return self.target if self.asked is None else self.asked
+
+    def record(self, achieved: int) -> dict[str, str | int]:
+        """For the manifest: what was allowed and what came out."""
+        return {
+            "kind": self.kind, "target": self.allowed, "dense": self.dense, "achieved": achieved,
+        }  # fmt: skip
 
     def text(self, cost: int) -> str:
         """A cost of this kind for people."""

@@ -131,6 +131,11 @@ def check_reachable(problem: Problem, pruned: frozenset[str]) -> None:
         budget, least = limit.budget, min(limit.cost.of(shape) for shape in shapes)
         if least > budget.target:
             share = least / budget.dense
+            if share >= 1:
+                raise UserError(
+                    f"nothing can go with --prune {','.join(sorted(pruned))} in this layout: prune "
+                    "more structures, or use --layout per-layer"
+                )
             remedy = {
                 "params": f"lower --sparsity below {1 - share:.3f}",
                 "MACs": f"raise --macs above {share:.3f}",

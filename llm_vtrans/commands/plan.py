@@ -28,11 +28,13 @@ from llm_vtrans.preparation.resources import (
     describe_bytes,
     estimate_memory,
     host_memory,
+    tokens_of_window,
     training_flops,
     weight_bytes,
 )
 from llm_vtrans.record.reporting import table
 
+GPU_PEAK = "990T"  # an H100's in bfloat16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -90,9 +92,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, help="sequences per rank and micro-batch; default as prune's")
     add("--seq-len", type=int, help="tokens in a sequence; default 512 or the model's context")
     add("--dtype", choices=DTYPE_BYTES, help="default bfloat16 on GPUs, float32 on the CPU")
-    add("--peak", default="990T", help="operations a second of one device, such as 990T")
+    add("--peak", help=f"operations a second of one device; default {GPU_PEAK} on GPUs")
     add("--mfu", type=float, default=0.4, help="share of that which a run reaches")
     args = parser.parse_args(arguments)
+    args.peak = args.peak or (GPU_PEAK if args.gpus else None)
     for name in ("samples", "batch_size"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
@@ -140,7 +143,7 @@ def plan(arguments: list[str]) -> None:
     args = _parse(arguments)
     config = read_config(args.model, args.revision)
     architecture = family_for(config.model_type).describe(config)
-    seq_len = min(args.seq_len or 512, architecture.max_positions)
+    seq_len = tokens_of_window(args.seq_len, architecture)
     prune = PruneArguments(batch_size=Count(args.batch_size or 0), samples=args.samples or 0)
     batch_size = prune.filled(seq_len, 1).batch_size
     dtype = args.dtype or ("bfloat16" if args.gpus else "float32")
@@ -163,7 +166,8 @@ def plan(arguments: list[str]) -> None:
         rows.append(_row(args, prune, architecture, launch, memory, fits))
     print(table(rows))
     what = f"{args.samples} sequences" if args.samples else f"{NUM_STEPS[prune.variant]} steps"
-    print(f"time: {what} at {args.mfu:.0%} of {args.peak} operations/s a device")
+    if args.peak:
+        print(f"time: {what} at {args.mfu:.0%} of {args.peak} operations/s a device")
     if first is None:
         print("none fits: lower --batch-size or --seq-len, or bring more memory")
         return
@@ -213,11 +217,13 @@ def _row(
     fits: bool,
 ) -> tuple[str, ...]:
     work = launch.work
-    peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * work.num_ranks
-    samples = prune.filled(work.seq_len, work.num_ranks).num_samples()
-    seconds = training_flops(architecture, work, samples) / peak
+    seconds = "-"
+    if args.peak:
+        peak = _number("--peak", args.peak, SUFFIXES) * args.mfu * work.num_ranks
+        samples = prune.filled(work.seq_len, work.num_ranks).num_samples()
+        seconds = f"{training_flops(architecture, work, samples) / peak:,.0f} s"
     host = describe_bytes(_host_bytes(architecture, launch)) if args.gpus else "-"
     phases = (memory.load, memory.train, memory.export, memory.score)
     sizes = (describe_bytes(size) for size in phases)
     name = f"{launch.file} {launch.flags}".rstrip()
-    return (name, *sizes, host, f"{seconds:,.0f} s", "yes" if fits else "no")
+    return (name, *sizes, host, seconds, "yes" if fits else "no")

@@ -17,6 +17,7 @@ from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Norm, head_of
 from llm_vtrans.loading.source import Source, load_tokenizer
+from llm_vtrans.preparation.resources import tokens_of_window
 from llm_vtrans.tasks import HEADS, Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
 from llm_vtrans.timing.latency import Pass
@@ -25,8 +26,6 @@ from llm_vtrans.timing.rounding import best_multiple
 from llm_vtrans.timing.stopwatch import Stopwatch
 from llm_vtrans.timing.timed_choice import AIM
 from llm_vtrans.training.loop import TrainingSettings
-
-MAX_SEQ_LEN = 512
 
 
 def rotates(args: PruneArguments, source: Source) -> bool:
@@ -161,7 +160,8 @@ def _latency_limit(
     size = architecture.num_units[Axis.HIDDEN]
     is_pruned = Axis.HIDDEN in args.structures()
     cost = stopwatch.table(table_sizes(size, round_to) if is_pruned else [size])
-    budget = Budget("ns", int(AIM * 1e6 * args.latency_ms), cost.of(dense_shape(architecture)))
+    asked = int(1e6 * args.latency_ms)
+    budget = Budget("ns", int(AIM * asked), cost.of(dense_shape(architecture)), asked)
     if budget.target >= budget.dense:
         raise UserError(
             f"--latency-ms {args.latency_ms:g}: the model takes {budget.text(budget.dense)} "
@@ -181,12 +181,7 @@ def window_length(args: PruneArguments, source: Source) -> int:
     Raises:
         UserError: longer than the model's context.
     """
-    longest = source.architecture.max_positions
-    if args.seq_len is not None and args.seq_len > longest:
-        raise UserError(
-            f"--seq-len {args.seq_len} is longer than the model's context of {longest} tokens"
-        )
-    return args.seq_len or min(MAX_SEQ_LEN, longest)
+    return tokens_of_window(args.seq_len, source.architecture)
 
 
 def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:

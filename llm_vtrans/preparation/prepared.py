@@ -164,8 +164,8 @@ class Prepared:
         args = self.args
         aims = " and ".join(
             f"from {limit.budget.text(limit.budget.dense)} to at most "
-            f"{limit.budget.text(limit.budget.target)} "
-            f"({100 * limit.budget.sparsity:.1f}% less)"
+            f"{limit.budget.text(limit.budget.allowed)} "
+            f"({100 * (1 - limit.budget.allowed / limit.budget.dense):.1f}% less)"
             for limit in self.problem.limits
         )
         self.reporter.say(

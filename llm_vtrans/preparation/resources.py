@@ -17,6 +17,7 @@ from llm_vtrans.masking.tuning import num_maps
 from llm_vtrans.training.distillation_loss import CHUNK_LOGITS
 
 GIB = 2**30
+MAX_SEQ_LEN = 512  # of a calibration window, unless the user wants longer ones
 MARGIN = 0.9  # of a device's memory: allocators fragment
 CPU_PROCESS_BYTES = int(0.42 * GIB)  # python, torch, transformers, datasets at work, no model
 GPU_PROCESS_BYTES = int(0.75 * GIB)  # CUDA context, libraries' workspaces
@@ -165,6 +166,18 @@ def num_masks(architecture: Architecture) -> int:
     """Gates of all structures."""
     units, layers = architecture.num_units, architecture.num_layers
     return units[Axis.HIDDEN] + layers * (units[Axis.HEADS] + units[Axis.FFN] + 2)
+
+
+def tokens_of_window(asked: int | None, architecture: Architecture) -> int:
+    """Tokens in a calibration window: as many as are asked for, or what the model takes.
+
+    Raises:
+        UserError: longer than the model's context.
+    """
+    longest = architecture.max_positions
+    if asked is not None and asked > longest:
+        raise UserError(f"--seq-len {asked} is longer than the model's context of {longest} tokens")
+    return asked or min(MAX_SEQ_LEN, longest)
 
 
 def estimate_memory(

@@ -118,8 +118,8 @@ def _results(manifest: dict[str, Any], scores: dict[str, Any]) -> list[EvalResul
 
 def title(manifest: dict[str, Any]) -> str:
     """What the card calls the model."""
-    budget = manifest["budget"]
-    share = 100 * (1 - budget["achieved"] / budget["dense"])
+    params = manifest["params"]
+    share = 100 * (1 - params["after"] / params["before"])
     return f"{Path(manifest['source']['name']).name}, pruned by {share:.1f}%"
 
 

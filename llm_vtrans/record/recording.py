@@ -112,9 +112,7 @@ def _manifest(job: Job, folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     dense = dense_shape(source.architecture)
     dense_cost = parameter_cost(source.architecture)
     dense_macs = mac_cost(source.architecture, job.seq_len)
-    budgets = [
-        {**asdict(limit.budget), "achieved": limit.cost.of(shape)} for limit in job.problem.limits
-    ]
+    budgets = [limit.budget.record(limit.cost.of(shape)) for limit in job.problem.limits]
     return {
         "method": METHODS[args.variant],
         "source": {

@@ -243,6 +243,16 @@ def test_stock_heads_fill_the_hidden_size(
     assert cost.of(shape) <= budget.target
 
 
+def test_heads_alone_cannot_go_where_they_make_up_the_hidden_size() -> None:
+    config = GPT2Config(vocab_size=96, n_embd=24, n_layer=2, n_head=4, n_positions=32)
+    architecture = family_for("gpt2").describe(config)
+    cost = parameter_cost(architecture)
+    dense = cost.of(dense_shape(architecture))
+    problem = Problem(architecture, cost, Budget("params", int(0.9 * dense), dense), 1, True)
+    with pytest.raises(UserError, match="nothing can go with --prune heads"):
+        check_reachable(problem, frozenset({"heads"}))
+
+
 @given(sparsity=st.floats(0.1, 0.7), seed=seeds)
 @settings(max_examples=20, deadline=None)
 def test_heads_divide_the_hidden_size_where_the_stock_config_demands_it(

@@ -46,6 +46,14 @@ def test_defaults_are_those_of_prune(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows(capsys.readouterr().out) == rows(told)
 
 
+def test_no_seconds_of_a_processor_that_nobody_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """What one reaches differs by a factor of a hundred; that of a GPU says nothing of it."""
+    plan([])
+    assert "operations/s" not in capsys.readouterr().out
+    plan(["--peak", "0.1T"])
+    assert "40% of 0.1T operations/s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -53,6 +61,7 @@ def test_defaults_are_those_of_prune(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--gpus", "1", "--gpu-memory", "many"], "--gpu-memory 'many'"),
         (["--mfu", "1.5"], "--mfu must be in (0, 1)"),
         (["--model", "./nothing"], "its config cannot be read"),
+        (["--seq-len", "100000"], "--seq-len 100000 is longer than the model's context of 256"),
     ],
 )
 def test_mistakes_are_told(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
