@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError, blame
@@ -29,7 +31,7 @@ class Source:
     Attributes:
         name: as the user gave it.
         checkpoint: its shards.
-        config: parsed by `transformers`.
+        config: parsed by `transformers`; it names a class, and says of a head whether it is tied.
         family: its adapter.
         architecture: its tensor table.
     """
@@ -47,7 +49,7 @@ class Source:
 
 
 def open_source(name: str, revision: str | None = None) -> Source:
-    """Finds a model and checks config and shard headers, reading no weights.
+    """Finds a model and checks config and shard headers; weights only of a tied head, if stored.
 
     Args:
         name: `embedded`, a local folder, or a hub id (the token comes from the environment).
@@ -62,11 +64,28 @@ def open_source(name: str, revision: str | None = None) -> Source:
     _check_counts(checkpoint)
     with blame(checkpoint.folder / "config.json", RESTORE):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if not config.architectures:
+            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         architecture = family.describe(config)
+        if _is_apart(checkpoint, architecture):
+            config.tie_word_embeddings = False
+            architecture = family.describe(config)
     if min(architecture.num_layers, *architecture.num_units.values()) < 1:
         raise UserError(f"{checkpoint.folder / 'config.json'}: a model of no size; {RESTORE}")
     _check_tensors(checkpoint, architecture, family)
     return Source(name, checkpoint, config, family, architecture)
+
+
+def _is_apart(checkpoint: Checkpoint, architecture: Architecture) -> bool:
+    """Whether a head that should be tied is stored with other values than the embeddings.
+
+    `transformers` then leaves the two apart, whatever the config says.
+    """
+    head, table = architecture.tied_head, architecture.embedding.name
+    if head is None or not {head, table} <= checkpoint.tensors.keys():
+        return False
+    stored = (checkpoint.read(name, torch.device("cpu")) for name in (head, table))
+    return not torch.equal(*stored)
 
 
 def _canonical(checkpoint: Checkpoint, family: Family) -> Checkpoint:
