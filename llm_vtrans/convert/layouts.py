@@ -56,6 +56,7 @@ class Layout:
         kv_heads: key/value heads per layer.
         ffn: FFN units per layer; 0 where the FFN is gone.
         head_dim: entries of a head.
+        context_length: tokens up to which every layer attends to all.
     """
 
     architecture: str
@@ -64,6 +65,7 @@ class Layout:
     kv_heads: tuple[int, ...]
     ffn: tuple[int, ...]
     head_dim: int
+    context_length: int
 
     @property
     def is_uniform(self) -> bool:
@@ -94,6 +96,17 @@ def layout_of(config: Any) -> Layout:
         )
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise UserError("llama.cpp's llama knows no biases: this model cannot be written as GGUF")
+    rope = getattr(config, "rope_parameters", None) or {}
+    rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    for name, value, known in (
+        ("hidden_act", config.hidden_act, ("swish", "silu")),
+        ("partial_rotary_factor", rotated, (None, 1.0)),
+    ):
+        if value not in known:
+            raise UserError(
+                f"config.json: {name} {value!r} is not {known[-1]!r}, and llama.cpp's {kind} knows "
+                "no other: this model cannot be written as GGUF"
+            )
     architecture, is_permuted = ARCHITECTURES[kind]
     number = config.num_hidden_layers
     if architecture == "deci":
@@ -117,7 +130,17 @@ def layout_of(config: Any) -> Layout:
         kv_heads = (config.num_key_value_heads,) * number
         ffn = (config.intermediate_size,) * number
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
-    return Layout(architecture, is_permuted, heads, kv_heads, ffn, head_dim)
+    return Layout(
+        architecture, is_permuted, heads, kv_heads, ffn, head_dim, _context_length(config)
+    )
+
+
+def _context_length(config: Any) -> int:
+    """Tokens up to which no window slides: these architectures know none."""
+    longest = int(config.max_position_embeddings)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if slides else None
+    return min(longest, window or longest)
 
 
 def gguf_name(name: str) -> str:
