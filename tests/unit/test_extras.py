@@ -44,3 +44,4 @@ def test_it_is_told_what_to_install(
     assert found is not None, line
     assert asked in found[1] and found[2] == package
     assert any(re.match(rf"{package}\b", each) for each in EXTRAS[found[3]])
+    assert not (tmp_path / "out").exists()

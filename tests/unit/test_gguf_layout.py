@@ -10,8 +10,7 @@ from llm_vtrans.errors import UserError
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (LlamaConfig(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (LlamaConfig(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+        (LlamaConfig(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (LlamaConfig(attention_bias=True), "biases"),
     ],
 )
