@@ -136,7 +136,7 @@ def classes_of(rows: Sequence[Row], label: str, own: Mapping[int, str]) -> Class
             f"--label-field {label} holds labels of several kinds, or no labels, among them "
             f"{', '.join(map(repr, some))}: make all of them text, or all numbers"
         ) from error
-    names = tuple(name for _, name in sorted(own.items()))
+    names = tuple(str(name) for _, name in sorted(own.items()))
     known = _known(names)
     if all(each in known for each in found):
         return Classes(names, known)

@@ -53,6 +53,7 @@ def test_padding_is_on_the_right(side: str) -> None:
         ([0, 2], UNNAMED, [0, 2]),
         (["2", "0"], UNNAMED, [2, 0]),  # as a table of text has them
         ([2, 1], {0: "1", 1: "2"}, [1, 0]),  # names that are numbers
+        ([2, 1], {0: 1, 1: 2}, [1, 0]),
         ([False, True], UNNAMED, [0, 1]),
         (["no", "yes"], UNNAMED, [0, 1]),  # by order where nothing tells
         ([1, 3], {}, [0, 1]),
