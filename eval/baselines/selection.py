@@ -19,10 +19,11 @@ from eval.baselines.interface import Case, Pruned, round_weights
 from eval.baselines.network import Importances, Network, check_rotates
 from eval.baselines.ranking import uniform_ranks
 from llm_vtrans.allocation.allocate import Allocator, PrunePlan
+from llm_vtrans.allocation.shape_choice import ffn_room
 from llm_vtrans.budget.problem import Problem, check_reachable
 from llm_vtrans.errors import UserError
 from llm_vtrans.export.pruning import Pruning
-from llm_vtrans.families import Architecture, Axis, Sublayer
+from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.masking.attachment import MaskedModel
 from llm_vtrans.scoring.perplexity import token_perplexity
 
@@ -129,21 +130,21 @@ def hidden_sizes(problem: Problem, pruned: frozenset[str]) -> list[int]:
 
     Where the stock config demands that heads divide it, those that a number of heads does.
     """
-    layers, target = problem.architecture.num_layers, problem.budget.target
+    num_layers = problem.architecture.num_layers
     hidden = torch.tensor(problem.counts(Axis.HIDDEN, Axis.HIDDEN in pruned))
     ffn = problem.counts(Axis.FFN, Axis.FFN in pruned)
 
     def fits(heads: int, ffn: int) -> Tensor:
         """Which sizes the budget admits with so many units in every layer."""
         head_dim, possible = problem.head_widths(hidden, heads)
-        attention = problem.cost.part(Sublayer.ATTENTION, hidden, heads, head_dim)
-        every = attention + problem.cost.part(Sublayer.FFN, hidden, ffn)
-        return possible & (problem.cost.outside(hidden) + layers * every <= target)
+        room, price = ffn_room(problem, hidden, heads, head_dim, num_layers)
+        return possible & (price * ffn <= room).all(0)
 
     heads = problem.counts(Axis.HEADS, Axis.HEADS in pruned)
     possible = hidden[torch.stack([fits(number, ffn[0]) for number in heads]).any(0)]
     if not len(possible):
         check_reachable(problem, pruned)
+        target = problem.budget.target
         raise UserError(f"budget of {target:,} parameters is unreachable: lower --sparsity")
     alone = hidden[fits(heads[-1], ffn[-1])]
     between = possible[possible >= alone[-1]] if len(alone) else possible

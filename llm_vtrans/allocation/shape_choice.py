@@ -73,7 +73,7 @@ def choose_uniform(ranking: Ranking, present: Tensor, problem: Problem) -> Shape
     columns: list[tuple[Tensor, ...]] = []  # unused, step, gain, hidden, heads, FFN units, width
     for heads, heads_gain in zip(options[Axis.HEADS], gain(Axis.HEADS).tolist(), strict=True):
         head_dim, possible = problem.head_widths(hidden, heads)
-        room, slope = _ffn_room(problem, hidden, heads, head_dim, num_kept)
+        room, slope = ffn_room(problem, hidden, heads, head_dim, num_kept)
         most = torch.div(room, slope, rounding_mode="floor").amin(0)
         index = torch.searchsorted(ffn_options, most, right=True) - 1
         ffn = ffn_options[index.clamp(min=0)]
@@ -99,7 +99,7 @@ def choose_uniform(ranking: Ranking, present: Tensor, problem: Problem) -> Shape
     return uniform_shape(size, num_heads, num_ffn, kept, head_width or None)
 
 
-def _ffn_room(
+def ffn_room(
     problem: Problem, hidden: Tensor, heads: int, head_dim: Tensor | None, num_kept: int
 ) -> tuple[Tensor, Tensor]:
     """What every limit leaves for FFN units, and the price of one in each kept layer.

@@ -39,7 +39,9 @@ def test_it_is_told_what_to_install(
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setitem(sys.modules, package, None)
     given = flags(tmp_path, *options) if entry is prune else options
-    line = one_line(run_command(entry, given), capsys.readouterr().err)
+    status, captured = run_command(entry, given), capsys.readouterr()
+    line = one_line(status, captured.err)
+    assert not captured.out
     found = re.search(r"(.+) needs (\w+): pip install 'llm-vtrans\[(\w+)\]'", line)
     assert found is not None, line
     assert asked in found[1] and found[2] == package
