@@ -26,7 +26,6 @@ from llm_vtrans.probe.texts import Windows, cut, num_windows_text
 from llm_vtrans.record.masks_file import read_masks
 from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.record.reporting import table, versions
-from llm_vtrans.record.verification import auto_class
 
 EXAMPLE_TOKENS = 24
 MAX_CHARACTERS = 5_000_000  # of text that is read: far more than is probed
@@ -48,7 +47,7 @@ def probe(arguments: list[str]) -> None:
     masks = read_masks(args.run, source.checkpoint.sha256)
     kept, signal = head_masks(masks, args.run)
     tokenizer = load_tokenizer(source)
-    is_causal = auto_class(source.config) is AutoModelForCausalLM
+    is_causal = source.auto_class is AutoModelForCausalLM
     seq_len = min(args.seq_len, source.architecture.max_positions)
     windows = cut(tokenizer, read_text(args), seq_len, args.samples, is_causal)
     model = load_eager(source)
@@ -98,7 +97,7 @@ def read_text(args: argparse.Namespace) -> list[str]:
 def load_eager(source: Source) -> Any:
     """The dense model with attention that gives its weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = auto_class(source.config).from_pretrained(
+    model = source.auto_class.from_pretrained(
         source.checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
     )
     return model.to(device).eval()
