@@ -23,7 +23,7 @@ from llm_vtrans.export.shard_writer import file_parts
 from llm_vtrans.loading.source import Source
 from llm_vtrans.masking.by_layer import KEPT_HIDDEN
 from llm_vtrans.masking.tuning import Tuning
-from llm_vtrans.record.output_folder import atomic_write
+from llm_vtrans.record.output_folder import atomic_write, what_to_name
 
 MASKS_FILE, TUNING_FILE = "vtrans/masks.safetensors", "vtrans/tuning.safetensors"
 KEEP, GATE = "keep.", "gate."  # prefixes of tensors on disk
@@ -85,9 +85,7 @@ def read_masks(folder: Path, source_sha256: str) -> dict[str, Tensor]:
             trained_on = (file.metadata() or {}).get("source")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: no usable masks ({error}); name a folder that prune wrote"
-        ) from error
+        raise UserError(f"{path}: no usable masks ({error}); {what_to_name(folder)}") from error
     if trained_on != source_sha256:
         raise UserError(
             f"{path}: masks of another checkpoint; give the --model they were trained on"

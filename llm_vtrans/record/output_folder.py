@@ -16,6 +16,14 @@ PRIVATE = ~0o077  # what is unfinished is its owner's alone; finished it has the
 PRIVATE_FOLDER = 0o700
 
 
+def what_to_name(folder: Path) -> str:
+    """What to do where a folder is no result of `prune`: it may hold one of each `--budgets`."""
+    results = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
+    if results:
+        return f"name one of its results: {', '.join(results)}"
+    return "name a folder that prune wrote"
+
+
 class OutputFolder:
     """Context manager that yields a temporary sibling and renames it to `path` on success.
 

@@ -25,7 +25,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export.per_layer_modeling import auto_class_of
 from llm_vtrans.loading.checkpoint import Checkpoint
 from llm_vtrans.record.manifest import score_of_stages
-from llm_vtrans.record.output_folder import MANIFEST_FILE
+from llm_vtrans.record.output_folder import MANIFEST_FILE, what_to_name
 from llm_vtrans.tasks import Task, make_task
 
 CHUNK = 2**20  # bytes hashed at a time
@@ -77,7 +77,7 @@ class Subject:
             manifest["sha256"], manifest["params"]["after"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: no usable {MANIFEST_FILE}; name a folder that prune wrote"
+                f"{folder}: no usable {MANIFEST_FILE}; {what_to_name(folder)}"
             ) from error
         return cls(folder, manifest, data)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.record.masks_file import MASKS_FILE
-from llm_vtrans.record.output_folder import MANIFEST_FILE
+from llm_vtrans.record.output_folder import MANIFEST_FILE, what_to_name
 from llm_vtrans.record.reporting import METRICS_FILE
 
 REPORT_FILE = "report/index.html"
@@ -87,7 +87,7 @@ class RunRecord:
     def _read(
         cls, folder: Path, scores: Path | None, comparison: Path | None, probe: Path | None
     ) -> RunRecord:
-        manifest = _read_json(folder / MANIFEST_FILE, "name a folder that prune wrote")
+        manifest = _read_json(folder / MANIFEST_FILE, what_to_name(folder))
         if not isinstance(manifest, dict) or "params" not in manifest:
             raise UserError(f"{folder / MANIFEST_FILE}: not the manifest of a run")
         results = _optional(scores, folder / SCORES_FILE)

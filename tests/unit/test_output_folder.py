@@ -2,12 +2,17 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llm_vtrans.commands import export
 from llm_vtrans.errors import UserError
+from llm_vtrans.record.masks_file import read_masks
 from llm_vtrans.record.output_folder import OutputFolder, atomic_write_bytes, atomic_write_text
+from llm_vtrans.record.verification import Subject
+from llm_vtrans.report.record import RunRecord
 
 
 @pytest.fixture(scope="session")
@@ -236,3 +241,19 @@ def test_a_character_that_utf8_lacks_is_written_escaped(tmp_path: Path) -> None:
     """Half of a pair, as JSON from outside may hold it."""
     atomic_write_text(tmp_path / "page", "a\ud800b")
     assert (tmp_path / "page").read_text() == "a\\ud800b"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [RunRecord.read, Subject.open, export.flags_of, lambda folder: read_masks(folder, "")],
+    ids=["report", "verify", "export", "masks"],
+)
+def test_a_folder_of_several_budgets_names_its_results(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    with pytest.raises(UserError, match="name a folder that prune wrote$"):
+        read(tmp_path)
+    earlier_result(tmp_path / "0.5")
+    earlier_result(tmp_path / "0.2")
+    with pytest.raises(UserError, match=r"name one of its results: 0\.2, 0\.5$"):
+        read(tmp_path)

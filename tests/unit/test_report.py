@@ -246,7 +246,7 @@ def test_command_writes_one_or_compares_several(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [
         str(one / "report" / "index.html"), str(tmp_path / "compare.html"),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="name a folder that prune wrote"):
+    with pytest.raises(UserError, match="name one of its results: one, two"):
         report([str(tmp_path)])
 
 
