@@ -9,6 +9,7 @@ post-norm, it hands the stream on).
 from typing import Any
 
 import transformers
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,6 +83,8 @@ class PerLayerModel:
         """One layer of the library's class, with the sub-layers in `skip` left out."""
         if "attention" in skip:  # constructors divide by the head counts
             config.num_attention_heads = config.num_key_value_heads = 1
+        if "ffn" in skip:  # and warn of empty matrices
+            config.intermediate_size = 1
         layer: nn.Module = layer_class(config, index)
         if "attention" in skip:
             layer.self_attn, layer.input_layernorm = SkippedAttention(), nn.Identity()
@@ -121,6 +124,8 @@ class PerLayerBert(PerLayerModel):
     def build_layer(self, layer_class: type, config: Any, index: int, skip: set[str]) -> nn.Module:
         """One layer with heads of `config.head_dim`."""
         heads, config.num_attention_heads = config.num_attention_heads, 1
+        if "ffn" in skip:
+            config.intermediate_size = 1
         layer: Any = layer_class(config, index)
         if "attention" in skip:
             layer.attention = PassedAttention()
@@ -180,7 +185,8 @@ def _derive(stem: str, mixins: dict[str, type]) -> dict[str, type]:
         "__doc__": f"`{stock.__name__}` with per-layer widths.",
         "model_type": f"per_layer_{stock.model_type}",
     }
-    config = type(f"PerLayer{stem}Config", (PerLayerConfig, stock), fields)
+    # A config that is saved is checked by what `strict` found, in the stock class or again here.
+    config = strict(type(f"PerLayer{stem}Config", (PerLayerConfig, stock), fields))
     classes = {config.__name__: config}
     for head, mixin in mixins.items():
         stock = getattr(transformers, f"{stem}{head}")
@@ -201,21 +207,23 @@ CLASSES = {
 globals().update(CLASSES)  # loaders look classes up by name in this module
 
 
-def auto_class_of(name: str) -> Any:
+def auto_class_of(name: str) -> str:
     """The Auto class that loads a model class, `AutoModel` where it has no known head."""
-    auto = next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), None)
-    return getattr(transformers, auto or "AutoModel")
+    found = (auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending))
+    return next(found, "AutoModel")
 
 
 def register() -> None:
-    """Makes the classes known to the Auto classes of this process."""
-    for name, derived in CLASSES.items():
-        config_class = getattr(derived, "config_class", None)
+    """Makes the classes known to the Auto classes; what they save carries this file."""
+    known: Any
+    for name, known in CLASSES.items():
         if name.endswith("Config"):
-            model_type: str = derived.model_type  # type: ignore[attr-defined]
-            transformers.AutoConfig.register(model_type, derived, exist_ok=True)
+            transformers.AutoConfig.register(known.model_type, known, exist_ok=True)
+            known.register_for_auto_class()
             continue
-        auto_class_of(name).register(config_class, derived, exist_ok=True)
+        auto = auto_class_of(name)
+        getattr(transformers, auto).register(known.config_class, known, exist_ok=True)
+        known.register_for_auto_class(auto)
 
 
 register()  # on import, as a class with a head may look its decoder up

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
@@ -108,7 +109,8 @@ class Subject:
 
 def auto_class(config: Any) -> Any:
     """The `transformers` auto class for the architecture that a config names."""
-    return auto_class_of((getattr(config, "architectures", None) or [""])[0])
+    name = auto_class_of((getattr(config, "architectures", None) or [""])[0])
+    return getattr(transformers, name)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,9 @@
 """The exported network is the hard-masked, tuned one: functions, counts, layouts, caches."""
 
+import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,8 +23,9 @@ from llm_vtrans.budget.cost import mac_cost, parameter_cost
 from llm_vtrans.export.pruning import Pruning, export_config, export_model
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Norm, head_of
+from llm_vtrans.families.layouts import PER_LAYER_MODULE
 from llm_vtrans.loading.model import final_norm, load_model
-from llm_vtrans.loading.source import open_source
+from llm_vtrans.loading.source import Source, open_source
 from llm_vtrans.masking.attachment import MaskedModel, logits_of
 from llm_vtrans.masking.tuning import MAP_NUMBERS, Tuning
 from tests.tiny import CONFIGS, VOCAB_SIZE, save_tiny
@@ -241,6 +246,64 @@ def test_generate_with_caches(
     cached = model.generate(prompt, cache_implementation=cache, **greedy)
     plain = model.generate(prompt, use_cache=False, **greedy)
     assert cached.tolist() == plain.tolist()
+
+
+def export_without_sublayers(source: Source, folder: Path) -> None:
+    """In the per-layer layout, without the first attention and the second FFN."""
+    plan = random_plan(source.architecture, False, 0)
+    for name, layer in (("heads", 0), ("ffn", 1)):
+        plan.keep[name][:] = True
+        plan.keep[name][layer] = False
+    folder.mkdir()
+    pruning = Pruning(source.checkpoint, source.architecture, plan)
+    export_model(pruning, source.family, source.config, False, folder, 10**9)
+
+
+@torch.no_grad()
+def test_a_per_layer_result_is_loaded_and_saved(tmp_path: Path, source_folder: Path) -> None:
+    """As after further training: without warnings, and with all that loading it anew takes."""
+    source = open_source(str(source_folder))
+    inputs = inputs_for(source.config, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_without_sublayers(source, tmp_path / "run")
+        model = source.auto_class.from_pretrained(tmp_path / "run").eval()
+    model.save_pretrained(tmp_path / "saved")
+    again, found = source.auto_class.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(found.values()), found
+    assert logits_of(again.eval()(**inputs)).equal(logits_of(model(**inputs)))
+    code = f"{PER_LAYER_MODULE}.py"
+    assert (tmp_path / "saved" / code).read_bytes() == (tmp_path / "run" / code).read_bytes()
+
+
+LOAD_ELSEWHERE = """
+import sys, torch, transformers
+folder, auto_class, found = sys.argv[1:]
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+assert "llm_vtrans" not in sys.modules
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([[5, 9, 20, 3]])).logits
+torch.save(logits, found)
+model.save_pretrained(folder + "-again")
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert-classify"])
+def test_a_per_layer_result_carries_its_code(tmp_path: Path, name: str) -> None:
+    """A process that has no `llm_vtrans` loads it, what it saved, and what was saved from that."""
+    source = open_source(str(save_tiny(name, tmp_path / "dense")))
+    export_without_sublayers(source, tmp_path / "run")
+    model = source.auto_class.from_pretrained(tmp_path / "run").eval()
+    model.save_pretrained(tmp_path / "saved")
+    expected = model(input_ids=torch.tensor([[5, 9, 20, 3]])).logits
+    for folder in ("run", "saved", "saved-again"):
+        subprocess.run(
+            [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / folder),
+             source.auto_class.__name__, str(tmp_path / "found.pt")],
+            cwd=tmp_path, check=True, env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        )  # fmt: skip
+        assert relative(torch.load(tmp_path / "found.pt"), expected) < 1e-6
 
 
 def test_config_names_the_written_dtype(tmp_path: Path) -> None:
