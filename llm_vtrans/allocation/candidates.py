@@ -131,7 +131,7 @@ class Candidates:
             wanted = self._allocator.plan(kept).shape.hidden
             yield from self._gated(self._nearest(wanted, kept), TRAINED, WHOLE)
         if self._maps is not None:
-            yield from self._gated(map(self._in_basis, self._extreme(kept)), WHOLE)
+            yield from self._gated(self._extreme(kept), WHOLE)
 
     def around(self, plan: PrunePlan) -> Iterator[PrunePlan]:
         """Neighbours of the same depth: another hidden size, another number of heads.
@@ -235,11 +235,9 @@ class Candidates:
         with suppress(UserError):  # not with hidden dimensions alone
             alone = self._hidden_alone.plan(kept)
             if self._problem.used(alone.shape) >= self._full:
-                yield alone
-            for size in [size for size in self._sizes if size > alone.shape.hidden][:NUM_TRIED]:
-                with suppress(UserError):  # heads may have to divide it
-                    yield self._allocator.plan(kept, {Axis.HIDDEN: size})
-                    return
+                yield self._in_basis(alone)
+            size = alone.shape.hidden
+            yield from self._nearest(size, kept, sizes=[n for n in self._sizes if n > size])
 
     def _in_basis(self, plan: PrunePlan) -> PrunePlan:
         if self._maps is None:

@@ -197,6 +197,16 @@ def test_hidden_dimensions_alone_where_heads_must_divide_them() -> None:
     assert any(plan.strength == 0 and max(plan.shape.ffn) > 0.95 * 512 for plan in plans)
 
 
+@pytest.mark.parametrize("share", [0.7, 0.65, 0.5])
+def test_where_heads_must_divide_sizes_no_plan_leaves_the_budget_unused(share: float) -> None:
+    config = GPT2Config(vocab_size=400, n_embd=48, n_layer=3, n_head=4, n_positions=128)
+    problem = stock_problem(config, share)
+    masks = masks_for(problem, -4.0)
+    first, *others = all_plans(masks, problem, identity_basis(48))
+    least = min(problem.used(first.shape), 0.999)
+    assert others and all(least <= problem.used(plan.shape) <= 1 for plan in others)
+
+
 def test_a_stream_that_stays_whole_keeps_its_basis() -> None:
     problem = stock_problem(SMALL, 0.7)
     masks = VIBMasks(initial_shapes(problem.architecture, ALL[1:], True), -4.0, seed=0)
