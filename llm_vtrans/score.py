@@ -46,6 +46,7 @@ DATA_DIR = (
 )
 
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "tokenizers")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of such classes
 HARNESS_MAX_LENGTH = 2048  # the harness's own, for configs that state no longest sequence
 
 TASKS_HELP = (
@@ -98,14 +99,29 @@ def check_output(path: Path) -> None:
 
 
 def read_config(checkpoint: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Read a checkpoint's config, which tells early whether there is one."""
+    """Read a checkpoint's config, which tells early whether it can be scored.
+
+    Raises:
+        UserError: there is none, or none of a causal language model.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no usable checkpoint at {checkpoint}: {reason}") from error
+    names = getattr(config, "architectures", None) or ()
+    # Others would be loaded, with a head of random numbers in place of their own.
+    if names and not (
+        names[0].endswith(CAUSAL)
+        or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+    ):
+        raise UserError(
+            f"{checkpoint}: holds a {names[0]}, no causal language model; vtrans.json states the "
+            "scores of other tasks, before and after"
+        )
+    return config
 
 
 def common_max_length(args: argparse.Namespace, models: dict[str, str]) -> int:

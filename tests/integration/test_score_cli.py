@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from llm_vtrans import score as score_command
 from llm_vtrans.commands.command import run_command
@@ -153,6 +158,7 @@ def test_a_mistake_ends_in_one_line(folder):
         (["--context-length", "65"], "--context-length 65 is more than the models' 64 positions"),
         (["--context-length", "1"], "--context-length must be at least 2"),
         (["--baseline", "other"], "tokenise differently"),
+        (["--baseline", "judge"], "judge: holds a LlamaForSequenceClassification, no causal"),
     ],
 )
 def test_mistakes_are_named_before_a_model_is_loaded(folder, capsys, monkeypatch, changes, message):
@@ -164,6 +170,8 @@ def test_mistakes_are_named_before_a_model_is_loaded(folder, capsys, monkeypatch
         trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet)
         tokenizer.train_from_iterator([], trainer)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "other")
+        config = LlamaConfig.from_pretrained(folder / "dense")
+        LlamaForSequenceClassification(config).save_pretrained(folder / "judge")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(score_command, "score_model", None)
     arguments = ["--model", "dense", "--tasks", "ppl:text.txt", "--output", "x.json",
