@@ -186,7 +186,7 @@ def _derive(stem: str, mixins: dict[str, type]) -> dict[str, type]:
         "model_type": f"per_layer_{stock.model_type}",
     }
     # A config that is saved is checked by what `strict` found, in the stock class or again here.
-    config = strict(type(f"PerLayer{stem}Config", (PerLayerConfig, stock), fields))
+    config: Any = strict(type(f"PerLayer{stem}Config", (PerLayerConfig, stock), fields))
     classes = {config.__name__: config}
     for head, mixin in mixins.items():
         stock = getattr(transformers, f"{stem}{head}")

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ class Pruning:
             elif shape.units(spec.sublayer)[layer]:
                 written[spec.name.format(position[layer])] = (name, spec, layer)
         return written
+
+    def written(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is written, by name."""
+        stored = self.source.tensors
+        return {
+            name: (
+                self.written_shape(spec, layer),
+                self.dtype or stored[self.source_name(source)].dtype,
+            )
+            for name, (source, spec, layer) in self.tensors().items()
+        }
 
     def source_name(self, name: str) -> str:
         """Where a tensor is read from: a head that was tied comes from the embedding."""
@@ -258,16 +270,8 @@ def export_weights(pruning: Pruning, folder: Path, shard_size: int) -> dict[str,
     Returns:
         SHA-256 of each shard by file name.
     """
-    tensors = pruning.tensors()
-    specs = {
-        name: (
-            pruning.written_shape(spec, layer),
-            pruning.dtype or pruning.source.tensors[pruning.source_name(source)].dtype,
-        )
-        for name, (source, spec, layer) in tensors.items()
-    }
-    writer = ShardWriter(folder, specs, shard_size)
-    for name, (source, spec, layer) in tensors.items():
+    writer = ShardWriter(folder, pruning.written(), shard_size)
+    for name, (source, spec, layer) in pruning.tensors().items():
         writer.write(name, pruning.pruned(source, spec, layer).contiguous())
     return writer.close()
 
@@ -287,10 +291,11 @@ def export_config(
         UserError: the stock layout cannot express the shape.
     """
     written = shaped_config(family, config, pruning.architecture, pruning.plan.shape, is_uniform)
-    stored = {info.dtype for info in pruning.source.tensors.values()}
-    dtype = pruning.dtype or (stored.pop() if len(stored) == 1 else None)
-    if dtype is not None:  # the dense config may say otherwise: what is written counts
-        written["dtype"] = str(dtype).removeprefix("torch.")
+    numbers: Counter[torch.dtype] = Counter()
+    for shape, dtype in pruning.written().values():
+        numbers[dtype] += prod(shape)
+    # The dense config may say otherwise: what is written counts, or most of it.
+    written["dtype"] = str(numbers.most_common(1)[0][0]).removeprefix("torch.")
     return written
 
 

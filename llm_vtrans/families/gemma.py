@@ -30,6 +30,6 @@ GEMMA = register(
         describe=_describe,
         stock_config=stock_config,
         per_layer_config=per_layer_config,
-        ignored=(".self_attn.rotary_emb.inv_freq",),
+        ignored=(".rotary_emb.inv_freq",),
     )
 )

@@ -89,8 +89,10 @@ def _attention(
     config: Any, hidden: Dim, query: Dim, key: Dim, in_head: Dim
 ) -> tuple[TensorSpec, ...]:
     prefix = "model.layers.{}.self_attn."
-    input_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
-    output_bias = config.model_type != "qwen2" and getattr(config, "attention_bias", False)
+    # Mistral's class has no biases, Qwen2's those of the inputs, whatever a config says.
+    is_told = config.model_type not in ("mistral", "qwen2")
+    output_bias = is_told and getattr(config, "attention_bias", False)
+    input_bias = output_bias or config.model_type == "qwen2"
     part = Sublayer.ATTENTION
     rows = [TensorSpec(ATTENTION_NORM, (hidden,), Stream.SCALES, part)]
     for name, width in (("q", query), ("k", key), ("v", key)):
@@ -112,7 +114,7 @@ def _attention(
 
 def _ffn(config: Any, hidden: Dim, ffn: Dim) -> tuple[TensorSpec, ...]:
     prefix = "model.layers.{}.mlp."
-    bias = getattr(config, "mlp_bias", False)
+    bias = config.model_type == "llama" and getattr(config, "mlp_bias", False)
     part = Sublayer.FFN
     rows = [TensorSpec(FFN_NORM, (hidden,), Stream.SCALES, part)]
     for name in ("gate", "up"):
@@ -199,6 +201,6 @@ GQA_DECODER = register(
         describe=describe,
         stock_config=stock_config,
         per_layer_config=per_layer_config,
-        ignored=(".self_attn.rotary_emb.inv_freq",),
+        ignored=(".rotary_emb.inv_freq",),
     )
 )

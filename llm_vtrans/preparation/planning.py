@@ -198,12 +198,16 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
     if source.config.pad_token_id is None and HEADS[kind] == "ForSequenceClassification":
         # A decoder answers at the last token that is no padding.
         source.config.pad_token_id = tokenizer.pad_token_id
-    largest = max(int(part.tensors["input_ids"].max()) for part in (data.train, data.heldout))
-    if largest >= source.config.vocab_size:
-        raise UserError(
-            f"{args.model}: the tokenizer gives token {largest}, the model knows "
-            f"{source.config.vocab_size}: they do not belong together"
-        )
+    known = {"input_ids": ("token", source.config.vocab_size)}
+    if "token_type_ids" in data.train.tensors:
+        known["token_type_ids"] = ("token type", source.config.type_vocab_size)
+    for name, (what, number) in known.items():
+        largest = max(int(part.tensors[name].max()) for part in (data.train, data.heldout))
+        if largest >= number:
+            raise UserError(
+                f"{args.model}: the tokenizer gives {what} {largest}, the model knows {number}: "
+                "they do not belong together"
+            )
     if len(data.classes) > source.config.num_labels:
         raise UserError(
             f"--data {args.data}: {len(data.classes)} classes, the model has "

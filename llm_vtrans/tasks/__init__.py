@@ -168,7 +168,8 @@ def make_task(
             heldout = encode(False)
     except UserError as error:
         raise UserError(f"--data {name}: {error}") from error
-    known = GLUE[source.glue_task][1] if source.glue_task else "accuracy"
+    has_two = len(own_classes or classes.names) == 2  # all other metrics of GLUE are for two
+    known = GLUE[source.glue_task][1] if source.glue_task and has_two else "accuracy"
     headline = {"classification": known, "regression": "spearman", "qa": "f1"}.get(kind, "accuracy")
     return Task(
         kind,

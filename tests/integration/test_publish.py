@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llm_vtrans.budget.cost import dense_shape, mac_cost
 from llm_vtrans.commands.export import export
@@ -248,3 +249,43 @@ def test_macs_are_counted_whether_padding_has_a_token(name: str, padding: int | 
     task = "multiple-choice" if name.endswith("choose") else "clm"
     manifest = {"macs": {"after": macs, "seq_len": 8}, "budget": {"kind": "params"}, "task": task}
     assert [*check_macs(cast(Subject, SimpleNamespace(manifest=manifest, config=config)))] == []
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "linear"])
+def test_macs_are_counted_for_every_rotary_embedding(kind: str) -> None:
+    config = CONFIGS["llama"].__class__(**CONFIGS["llama"].to_dict())
+    config.architectures = ["LlamaForCausalLM"]
+    config.rope_parameters = {
+        "rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    architecture = family_for("llama").describe(config)
+    macs = {"after": mac_cost(architecture, 8).of(dense_shape(architecture)), "seq_len": 8}
+    manifest = {"macs": macs, "budget": {"kind": "params"}}
+    assert [*check_macs(cast(Subject, SimpleNamespace(manifest=manifest, config=config)))] == []
+
+
+def test_a_dense_checkpoint_of_odd_parts_holds_when_it_is_pruned(tmp_path):
+    """Norms of another dtype, an old buffer, and a padding token that the model has no row for."""
+    folder = write_inputs(tmp_path)
+    path = folder / "model" / "model.safetensors"
+    tensors = {n: t if "norm" in n else t.bfloat16() for n, t in load_file(path).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2, dtype=torch.float16)
+    save_file(tensors, path, {"format": "pt"})
+    edit("config.json", dtype="bfloat16")(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder / "model")
+    prune(flags(folder, "--sparsity", "0.4"))
+    assert failed(folder / "out") == set()
+
+
+def test_an_old_buffer_does_not_decide_what_dtype_is_stated(tmp_path):
+    folder = write_inputs(tmp_path)
+    path = folder / "model" / "model.safetensors"
+    tensors = {n: t.bfloat16() for n, t in load_file(path).items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, path, {"format": "pt"})
+    edit("config.json", dtype="float32")(folder / "model")
+    prune(flags(folder, "--sparsity", "0.4"))
+    assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llm_vtrans.arguments import PruneArguments
@@ -102,6 +102,47 @@ def test_a_model_that_names_its_classes_agrees_with_itself(
     data = write(tmp_path, [NAMES[int(i)] for i in found], texts)
     args = PruneArguments(model="model", data=str(data), text_field="text", samples=8)
     assert task_data(args, source, 16).evaluate(model, 4)["accuracy"] == 1
+
+
+def test_a_head_of_three_classes_has_a_score_that_it_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MRPC's own, F1, is for two."""
+    config = BertConfig(
+        **ENCODER_WIDTHS, num_labels=3, architectures=["BertForSequenceClassification"]
+    )
+    monkeypatch.setitem(CONFIGS, "three", config)
+    source = open_source(str(save_tiny("three", tmp_path / "model")))
+    (tmp_path / "mrpc").mkdir()
+    data = write(tmp_path / "mrpc", [0, 1], ["a b", "c d e f"])
+    args = PruneArguments(model="model", data=str(data), text_field="text", samples=2)
+    task = task_data(args, source, 16)
+    found = task.evaluate(load_model(source, torch.float32, torch.device("cpu")), 4)
+    assert task.headline in found
+
+
+def test_token_types_that_a_model_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BertConfig(
+        **{**ENCODER_WIDTHS, "type_vocab_size": 1}, architectures=["BertForSequenceClassification"]
+    )
+    monkeypatch.setitem(CONFIGS, "one-type", config)
+    folder = save_tiny("one-type", tmp_path / "model")
+    tokenizer = load_tokenizer(open_source(str(folder))).backend_tokenizer
+    tokenizer.post_processor = processors.BertProcessing(("!", 0), ('"', 1))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="#",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    for split in ("train", "validation"):
+        rows = [{"a": "a b", "b": "c", "label": label} for label in (0, 1)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = PruneArguments(
+        model="model", data=str(tmp_path / "train.jsonl"), text_field="a,b", samples=2
+    )
+    with pytest.raises(UserError, match="token type 1, the model knows 1"):
+        task_data(args, open_source(str(folder)), 16)
 
 
 def test_a_decoder_that_names_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,17 @@
 """What adapters say beyond LLaMA's: names in old files, refusals, norms, bases inside heads."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from llm_vtrans.allocation.allocate import PrunePlan
 from llm_vtrans.basis.head_basis import HeadBasis, balanced_basis
-from llm_vtrans.budget.cost import complete
+from llm_vtrans.budget.cost import complete, dense_shape, parameter_cost
 from llm_vtrans.errors import UserError
 from llm_vtrans.families import family_for
 from llm_vtrans.families.base import Norm, Role, Sublayer, head_of
@@ -41,6 +43,26 @@ def test_names_of_published_files(tmp_path: Path, name: str, prefix: str) -> Non
     model = load_model(open_source(str(folder)), torch.float32, torch.device("cpu"))
     for left, right in zip(expected.parameters(), model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_old_buffers_and_settings_that_a_class_ignores(tmp_path: Path) -> None:
+    """Frequencies were stored, by layer or once; Mistral's and Qwen2's biases are settled."""
+    for name in ("mistral", "qwen2"):
+        folder = save_tiny(name, tmp_path / name)
+        for key in ("model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+            path = folder / "model.safetensors"
+            save_file({**load_file(path), key: torch.ones(2)}, path)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"attention_bias": True, "mlp_bias": True}
+        (folder / "config.json").write_text(json.dumps(config))
+        source = open_source(str(folder))
+        model = load_model(source, torch.float32, torch.device("cpu"))
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        assert parameter_cost(source.architecture).of(dense_shape(source.architecture)) == (
+            stock.num_parameters()
+        )
+        for left, right in zip(model.parameters(), stock.parameters(), strict=True):
+            assert torch.equal(left, right)
 
 
 def test_unknown_heads_are_refused() -> None:
