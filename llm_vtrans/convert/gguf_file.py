@@ -154,19 +154,27 @@ class TokenizerFields:
                 f"{folder}: only byte-level BPE tokenizers split as GPT-2, Llama 3 or Qwen 2 do "
                 "are written as GGUF so far"
             )
+        if (largest := max(model["vocab"].values())) >= vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer gives token {largest}, the model knows {vocab_size}: they "
+                "do not belong together"
+            )
         tokens = [f"[PAD{i}]" for i in range(vocab_size)]
         types = [int(gguf.TokenType.UNUSED)] * vocab_size
         for token, index in model["vocab"].items():
             tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
         for added in content.get("added_tokens", []):
+            if added["id"] >= vocab_size:  # padding, say: the model has no row for it
+                continue
             is_control = added["special"]
             kind = gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED
             tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        pad = tokenizer.pad_token_id
         ids = {
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
-            "pad": tokenizer.pad_token_id,
+            "pad": pad if pad is not None and pad < vocab_size else None,
             "adds_bos": tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id],
         }
         return cls(tokens, types, merges, pre, ids)

@@ -6,6 +6,7 @@ here: optimum-onnx 0.1.0, the newest, asks for transformers < 4.58.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,23 @@ answer = xllamacpp.Server(params).handle_completions(request)
 answer = json.loads(answer) if isinstance(answer, str) else answer
 print("TEXT" + json.dumps(answer["choices"][0]["text"]))
 """
+
+
+def test_a_token_that_the_model_has_no_row_for_is_left_out(run, tmp_path):
+    """Such as one for padding that was added, which no GGUF could hold."""
+    gguf = pytest.importorskip("gguf")
+    from llm_vtrans.convert.command import convert
+
+    folder, path = shutil.copytree(run, tmp_path / "run"), tmp_path / "model.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert len(tokenizer) == size
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(folder)
+    convert(["gguf", str(folder), "--output", str(path)])
+    fields = gguf.GGUFReader(path).fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == size
+    assert "tokenizer.ggml.padding_token_id" not in fields
 
 
 def test_llama_cpp_gives_the_same_greedy_tokens(run, tmp_path):
