@@ -156,8 +156,8 @@ class TokenizerFields:
             )
         if (largest := max(model["vocab"].values())) >= vocab_size:
             raise UserError(
-                f"{folder}: the tokenizer gives token {largest}, the model knows {vocab_size}: they "
-                "do not belong together"
+                f"{folder}: the tokenizer gives token {largest}, the model knows {vocab_size}: "
+                "they do not belong together"
             )
         tokens = [f"[PAD{i}]" for i in range(vocab_size)]
         types = [int(gguf.TokenType.UNUSED)] * vocab_size
