@@ -96,6 +96,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--samples must be at least {SELECTION_WINDOWS + CHOICE_WINDOWS}, the number that "
             f"one-shot methods see, got {args.samples}"
         )
+    args.sparsity = list(dict.fromkeys(args.sparsity))
     args.methods = list(dict.fromkeys(n for m in args.methods for n in groups.get(m, [m])))
     if unknown := [name for name in args.methods if name not in methods]:
         raise UserError(f"--methods {unknown[0]}: choose {NAMED}, or of {', '.join(methods)}")

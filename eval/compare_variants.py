@@ -124,7 +124,16 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
 
 
 def results(args: argparse.Namespace, common: list[str]) -> Iterator[Result]:
-    """Runs what is missing, method by method."""
+    """Runs what is missing, method by method.
+
+    Raises:
+        UserError: the results that are there already are of other options.
+    """
+    options, now = args.output / "options.json", [*common, f"--data-fraction={args.data_fraction}"]
+    if options.is_file() and json.loads(options.read_text()) != now:
+        raise UserError(f"{args.output}: holds results of other options; choose another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(options, json.dumps(now) + "\n")
     for sparsity in args.sparsity:
         for method in args.methods:
             folder = args.output / f"{method}-{sparsity:g}"
@@ -158,7 +167,7 @@ def dense_model(args: argparse.Namespace, common: list[str]) -> tuple[PruneArgum
     # Options of variants that train weights are for those methods alone.
     first = parse([*common, "--variant", "vtrans", "--output", str(args.output / "model")])
     if first.finetune_first:
-        first = finetune_first(first)
+        first = finetune_first(first) or first
     return first, [*common, "--model", first.model, "--finetune-first", "false"]
 
 

@@ -393,4 +393,3 @@ class Job(Prepared):
             self.reporter.say(f"\n{figures(self.manifest)}\n\n{folder}")
             if self.args.json:
                 print(result_line(folder, self.manifest))
-        self.accelerator.end_training()

@@ -41,14 +41,20 @@ def prune(arguments: list[str], kind: type[Job] = Job) -> None:
     with Preemption() as preemption, ExitStack() as locks:
         locks.enter_context(sole_writer(args.output_folder()))
         if args.finetune_first:
-            args = finetune_first(args)
+            if (with_dense := finetune_first(args)) is None:
+                return
+            args = with_dense
         runs = runs_of(args)
         if args.budgets is not None:
             for run in runs:
                 locks.enter_context(sole_writer(run.output_folder()))
         jobs = list(filter(None, [_prepared(run, preemption, kind) for run in runs]))
         while jobs and not args.dry_run:
-            _run(jobs.pop(0))
+            _run(job := jobs.pop(0))
+            if not jobs:
+                job.accelerator.end_training()  # the ranks part, so not before all is done
+            for tracker in job.accelerator.trackers if jobs else ():
+                tracker.finish()
 
 
 def _prepared(args: PruneArguments, preemption: Preemption, kind: type[Job]) -> Job | None:

@@ -108,8 +108,7 @@ def compensate(network: Network, pruning: Pruning, model: PreTrainedModel) -> in
     Returns:
         Number of parameters added.
     """
-    hidden, architecture = pruning.kept(Axis.HIDDEN, None), network.architecture
-    scale = (len(hidden) / architecture.num_units[Axis.HIDDEN]) ** 0.5  # as export folds it
+    hidden = pruning.kept(Axis.HIDDEN, None)
     num_added = 0
     for written, (name, spec, layer) in pruning.tensors().items():
         axis = input_axis(spec)
@@ -120,7 +119,7 @@ def compensate(network: Network, pruning: Pruning, model: PreTrainedModel) -> in
         width = weight.shape[1] // len(keep)
         lost = lost_output(weight, network.moments[name].mean, keep.repeat_interleave(width))
         module: Any = model.get_submodule(written.removesuffix(".weight"))
-        bias = (scale * lost[hidden]).to(module.weight)
+        bias = (pruning.shrunk * lost[hidden]).to(module.weight)
         if module.bias is None:
             module.bias = nn.Parameter(bias)
             num_added += len(bias)

@@ -67,9 +67,9 @@ class Case:
             plan,
             None if basis is None else Basis.rotation(basis),
         )
-        is_uniform = plan.shape.is_uniform
+        source = self.source
         export_model(
-            pruning, self.source.family, self.source.config, is_uniform, self.folder, SHARD_SIZE
+            pruning, source.family, source.config, self.is_uniform, self.folder, SHARD_SIZE
         )
         return pruning, load_pruned(self.folder, self.device)
 

@@ -186,7 +186,7 @@ class Pruning:
         return sqrt(self.architecture.num_units[Axis.HIDDEN] / self.plan.shape.hidden)
 
     @property
-    def _shrunk(self) -> float:
+    def shrunk(self) -> float:
         """What writes to the stream are multiplied by, so that norms need no other epsilon."""
         return 1.0 if self.architecture.norm is Norm.LAYER else 1 / self._lengthened
 
@@ -234,7 +234,7 @@ class Pruning:
         kept, gate = self.kept(Axis.HIDDEN, None), self.plan.gate
         factor = self._scale(spec, layer, OUTPUT, kept)
         if spec.stream is Stream.WRITES:
-            factor = factor * gate[Axis.HIDDEN][kept] * self._shrunk
+            factor = factor * gate[Axis.HIDDEN][kept] * self.shrunk
         if spec.grows_with_width:
             width = self.architecture.num_units[Axis.HIDDEN]
             factor = factor * sqrt(width / self.plan.shape.hidden)

@@ -34,7 +34,7 @@ from llm_vtrans.preparation.planning import (
 )
 from llm_vtrans.record.manifest import dtype_name
 from llm_vtrans.record.output_folder import OutputFolder
-from llm_vtrans.record.recording import METHODS, deciding_settings
+from llm_vtrans.record.recording import METHODS, deciding_settings, result_folder
 from llm_vtrans.record.reporting import Reporter
 from llm_vtrans.recovery.stage import check_recoverable, check_recovery
 from llm_vtrans.recovery.training import default_steps
@@ -43,7 +43,7 @@ from llm_vtrans.timing.stopwatch import Stopwatch
 from llm_vtrans.training.loop import TrainingSettings
 from llm_vtrans.training.preemption import Preemption
 from llm_vtrans.training.rehearsal import Rehearsal
-from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER, SavedState, read_state
+from llm_vtrans.training.run_state import STATE_FILE, SavedState, read_state
 from llm_vtrans.training.tracking import TRACKING_FOLDER, trackers
 from llm_vtrans.training.trained_weights import BYTES_PER_PARAMETER, check_trainable
 
@@ -99,8 +99,7 @@ class Prepared:
         check_trainable(args, accelerator)
         check_recovery(args, accelerator)
         reporter = Reporter(accelerator.is_main_process, args.quiet or args.json)
-        resumes = args.resume and (args.output_folder() / STATE_FILE).is_file()
-        output = OutputFolder(args.output_folder(), args.overwrite or resumes, (STATE_FOLDER,))
+        output = result_folder(args)
         with accelerator.main_process_first():
             output.check()
         source = open_source(args.model, args.revision)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from llm_vtrans.calibration.text import EMBEDDED, TextSource
@@ -47,7 +47,8 @@ def probe(arguments: list[str]) -> None:
     masks = read_masks(args.run, source.checkpoint.sha256)
     kept, signal = head_masks(masks, args.run)
     tokenizer = load_tokenizer(source)
-    is_causal = source.auto_class is AutoModelForCausalLM
+    # Whatever its head: the network of a decoder looks back alone.
+    is_causal = source.config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     seq_len = min(args.seq_len, source.architecture.max_positions)
     windows = cut(tokenizer, read_text(args), seq_len, args.samples, is_causal)
     model = load_eager(source)

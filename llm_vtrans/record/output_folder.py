@@ -36,7 +36,13 @@ class OutputFolder:
         partial: the temporary folder `.{name}.partial-{pid}` beside it.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, keep: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool = False,
+        keep: tuple[str, ...] = (),
+        manifest: str = MANIFEST_FILE,
+    ) -> None:
         """Name the folder; nothing is read or written yet.
 
         Args:
@@ -44,12 +50,14 @@ class OutputFolder:
             overwrite: whether an earlier result in `path` may be replaced.
             keep: entries of `path` that a run writes while it goes on (its training state):
                 they don't count as an earlier result and move over into the new folder.
+            manifest: file by which an earlier result is known.
         """
         self.path = Path(path).resolve()
         self.partial = self._sibling("partial", os.getpid())
         self._aside = self._sibling("replaced", os.getpid())
         self._overwrite = overwrite
         self._keep = keep
+        self._manifest = manifest
 
     def check(self) -> None:
         """Check before expensive work that the folder can be written; tidy up after a crash.
@@ -167,9 +175,9 @@ class OutputFolder:
                 f"{self.path}: is not empty; pass --overwrite to replace it, or choose another "
                 "--output."
             )
-        if MANIFEST_FILE not in entries:
+        if self._manifest not in entries:
             raise UserError(
-                f"{self.path}: has no {MANIFEST_FILE}, so it is no earlier result and is not "
+                f"{self.path}: has no {self._manifest}, so it is no earlier result and is not "
                 "deleted; empty it yourself or choose another --output."
             )
 

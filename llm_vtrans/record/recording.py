@@ -26,13 +26,13 @@ from llm_vtrans.record.manifest import (
 )
 from llm_vtrans.record.masks_file import MASKS_FILE
 from llm_vtrans.record.model_card import PIPELINES, base_license, model_card
-from llm_vtrans.record.output_folder import MANIFEST_FILE, atomic_write_text
+from llm_vtrans.record.output_folder import MANIFEST_FILE, OutputFolder, atomic_write_text
 from llm_vtrans.record.redaction import redact
 from llm_vtrans.record.reporting import METRICS_FILE, versions
 from llm_vtrans.record.verification import sha256_of, windows_sha256
 from llm_vtrans.report.build import write_run_report
 from llm_vtrans.report.record import RunRecord
-from llm_vtrans.training.run_state import STATE_FILE
+from llm_vtrans.training.run_state import STATE_FILE, STATE_FOLDER
 
 if TYPE_CHECKING:
     from llm_vtrans.job import Job
@@ -53,6 +53,13 @@ FREE_SETTINGS = {  # a resumed run may have others
 def deciding_settings(args: PruneArguments) -> dict[str, Any]:
     """Options on which the trained masks depend; the global batch is one more."""
     return {name: value for name, value in asdict(args).items() if name not in FREE_SETTINGS}
+
+
+def result_folder(args: PruneArguments) -> OutputFolder:
+    """The place of a run's result, which may hold the state of an interrupted one."""
+    folder = args.output_folder()
+    resumes = args.resume and (folder / STATE_FILE).is_file()
+    return OutputFolder(folder, args.overwrite or resumes, (STATE_FOLDER,))
 
 
 def finished_manifest(args: PruneArguments) -> dict[str, Any] | None:

@@ -168,8 +168,9 @@ def make_task(
             heldout = encode(False)
     except UserError as error:
         raise UserError(f"--data {name}: {error}") from error
-    has_two = len(own_classes or classes.names) == 2  # all other metrics of GLUE are for two
-    known = GLUE[source.glue_task][1] if source.glue_task and has_two else "accuracy"
+    known = GLUE[source.glue_task][1] if source.glue_task else "accuracy"
+    if known not in metrics.TWO_CLASSES or len(own_classes or classes.names) != 2:
+        known = "accuracy"
     headline = {"classification": known, "regression": "spearman", "qa": "f1"}.get(kind, "accuracy")
     return Task(
         kind,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -24,7 +23,10 @@ from llm_vtrans.distributed.ranks import join
 from llm_vtrans.distributed.zero3 import is_partitioned
 from llm_vtrans.errors import UserError, blame
 from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
-from llm_vtrans.record.output_folder import atomic_write_text
+from llm_vtrans.families import family_for
+from llm_vtrans.preparation.family_of_sizes import runs_of
+from llm_vtrans.record.output_folder import OutputFolder
+from llm_vtrans.record.recording import result_folder
 from llm_vtrans.record.reporting import Reporter
 from llm_vtrans.tasks import HEADS, Task, make_task
 from llm_vtrans.tasks.encoding import collate
@@ -37,14 +39,15 @@ DECIDING = (
 )  # fmt: skip
 
 
-def finetune_first(args: PruneArguments) -> PruneArguments:
+def finetune_first(args: PruneArguments) -> PruneArguments | None:
     """Makes the dense task model beside the output folder, or finds the one of an earlier run.
 
     Args:
         args: with `task`, and a checkpoint with or without a head.
 
     Returns:
-        The same options with that model in place of the pretrained one.
+        The same options with that model in place of the pretrained one; None after `--dry-run`
+        where there is none yet.
 
     Raises:
         UserError: the model or the data cannot be used.
@@ -54,11 +57,11 @@ def finetune_first(args: PruneArguments) -> PruneArguments:
     folder = args.output_folder().with_name(f"{args.output_folder().name}-dense")
     record = {name: getattr(args, name) for name in DECIDING}
     if _recorded(folder) != record:
-        scores = _finetune(args, args.task, folder)
-        if Accelerator().is_main_process:
-            text = json.dumps({"settings": record, "scores": scores}, indent=2) + "\n"
-            atomic_write_text(folder / RECORD_FILE, text)
-        Accelerator().wait_for_everyone()
+        _finetune(
+            args, args.task, OutputFolder(folder, args.overwrite, manifest=RECORD_FILE), record
+        )
+        if args.dry_run:
+            return None
     return replace(args, model=str(folder), revision=None)
 
 
@@ -69,8 +72,10 @@ def _recorded(folder: Path) -> Any:
     return None
 
 
-def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]:
-    """Trains all weights on the task's own loss; returns the scores."""
+def _finetune(
+    args: PruneArguments, kind: str, output: OutputFolder, record: dict[str, Any]
+) -> None:
+    """Trains all weights on the task's own loss and writes them; `--dry-run` only checks."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     accelerator = join(gradient_accumulation_steps=args.gradient_accumulation)
@@ -79,12 +84,16 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
         raise UserError(
             "--finetune-first under ZeRO-3: finetune without it, then prune the result with --model"
         )
+    with accelerator.main_process_first():
+        for place in (*map(result_folder, runs_of(args)), output):
+            place.check()
     set_seed(args.seed)
     where = {"revision": args.revision, "trust_remote_code": False}
     remedy = "name a checkpoint of safetensors that transformers can load"
     with blame(f"--model {args.model}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(args.model, **where)
         config = AutoConfig.from_pretrained(args.model, **where)
+    family_for(config.model_type)
     longest = config.max_position_embeddings - (2 if config.model_type == "roberta" else 0)
     seq_len = args.seq_len or min(512, longest)
     args = args.filled(seq_len, accelerator.num_processes)
@@ -105,6 +114,11 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
             f"{args.batch_size} on {accelerator.num_processes} rank(s): lower --batch-size"
         )
     num_steps = max(1, round(args.finetune_epochs * len(loader)))
+    if args.dry_run:
+        reporter.say(
+            f"{num_steps} steps would finetune {args.model}; what follows needs the result"
+        )
+        return
     batches = chain.from_iterable(repeat(loader))
     model.train()
     for step, batch in enumerate(islice(batches, num_steps), start=1):
@@ -128,15 +142,17 @@ def _finetune(args: PruneArguments, kind: str, folder: Path) -> dict[str, float]
     plain = accelerator.unwrap_model(model).eval()
     scores = task.evaluate(plain, args.batch_size)
     if accelerator.is_main_process:
-        (folder / RECORD_FILE).unlink(missing_ok=True)  # it would vouch for half of this model
-        try:
-            plain.save_pretrained(folder)
-        except SafetensorError as error:  # its way of telling that the disk is full
-            raise UserError(f"{folder}: cannot be written ({error}); free some space") from error
-        tokenizer.save_pretrained(folder)
+        with output as folder:
+            try:
+                plain.save_pretrained(folder)
+            except SafetensorError as error:  # its way of telling that the disk is full
+                path = output.path
+                raise UserError(f"{path}: cannot be written ({error}); free some space") from error
+            tokenizer.save_pretrained(folder)
+            text = json.dumps({"settings": record, "scores": scores}, indent=2) + "\n"
+            (folder / RECORD_FILE).write_text(text, encoding="utf-8")
     reporter.say(f"finetuned: {scores}")
     accelerator.wait_for_everyone()
-    return scores
 
 
 def _build(args: PruneArguments, kind: str, task: Task, tokenizer: Any) -> Any:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TWO_CLASSES = ("f1", "matthews")  # what these alone have beside accuracy
+
 
 def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, and for two classes F1 of class 1 and Matthews' correlation.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from eval.compare_variants import BATCH_SIZES, run
+from llm_vtrans.errors import UserError
 from tests.integration.test_tasks import encoder as encoder
 from tests.integration.test_tasks import write
 from tests.runs import write_inputs
@@ -27,6 +28,8 @@ def test_every_method_meets_the_budget(
     run([*flags, "--methods", *METHODS])  # the finished ones are read
     shown = capsys.readouterr()
     assert shown.err.count("magnitude 0.4") == 1
+    with pytest.raises(UserError, match="results of other options; choose another --output"):
+        run([*flags, "--methods", *METHODS, "--learning-rate", "0.02"])
     dense, *rows = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["method"] for row in rows] == METHODS
     for row in rows:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,43 @@ def test_masked_language_model(tmp_path: Path, encoder: Path) -> None:
     score = manifest["score"]
     assert manifest["headline"] == "pseudo_perplexity" and score["pruned"] > 1
     assert score["tuned"] == pytest.approx(score["pruned"], rel=1e-3)
+
+
+def finetuned(folder: Path, encoder: Path, *more: str) -> list[str]:
+    """Options of a run that finetunes first; its result goes to `folder/out`."""
+    data = folder / "train.jsonl"
+    return [
+        *("--model", str(encoder), "--task", "classification", "--text-field", "sentence"),
+        *("--data", str(data if data.exists() else write(folder, "classification"))),
+        *("--finetune-first", "true", "--finetune-epochs", "1", "--seq-len", "24"),
+        *("--samples", "8", "--batch-size", "4", "--sparsity", "0.4", "--quiet"),
+        *("--output", str(folder / "out"), *more),
+    ]
+
+
+def test_a_dry_run_finetunes_nothing(tmp_path: Path, encoder: Path) -> None:
+    prune(finetuned(tmp_path, encoder, "--dry-run", "true"))
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "validation.jsonl"}
+
+
+def test_what_lies_in_the_way_is_found_before_finetuning(tmp_path: Path, encoder: Path) -> None:
+    """A finished result keeps the dense model that it belongs to; other files are nobody's."""
+    other = ("--finetune-learning-rate", "1e-4")
+    prune(finetuned(tmp_path, encoder))
+    weights = tmp_path / "out-dense" / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(UserError, match="out: is not empty; pass --overwrite"):
+        prune(finetuned(tmp_path, encoder, *other))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match="out-dense: is not empty; pass --overwrite"):
+        prune(finetuned(tmp_path, encoder, *other))
+    assert weights.read_bytes() == before
+    prune(finetuned(tmp_path, encoder, *other, "--overwrite", "true"))
+    assert weights.read_bytes() != before
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out-dense" / "finetuning.json").unlink()
+    with pytest.raises(UserError, match=r"has no finetuning\.json, so it is no earlier result"):
+        prune(finetuned(tmp_path, encoder, "--overwrite", "true"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ def test_one_rank_writes(folders: tuple[Path, Path]) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 
 
+def test_several_budgets(tmp_path: Path) -> None:
+    """The ranks stay together until the last result."""
+    folder = write_inputs(tmp_path)
+    finish(flags(folder, "--budgets", "0.3,0.5"), *TWO_RANKS)
+    for share in ("0.3", "0.5"):
+        manifest = json.loads((folder / "out" / share / "vtrans.json").read_text())
+        assert manifest["params"]["after"] <= (1 - float(share)) * manifest["params"]["before"]
+
+
 def test_ranks_agree_on_directions(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """However each would round, all take rank zero's basis and train one network."""
     two = folders[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.baselines import BASELINES, Case, depth, flap, llm_pruner, magnitude, slicegpt, wanda
 from eval.baselines.network import Moments, Network, sum_over_groups
@@ -170,6 +171,32 @@ def test_flap_bias_restores_the_mean_output(tmp_path: Path) -> None:
     assert "memory" in pruned.note
 
 
+def test_flap_bias_of_a_narrower_stream(tmp_path: Path) -> None:
+    """Behind LayerNorm nothing is folded into writes, so the bias is what they lost."""
+    given = case(tmp_path, "gpt2", uniform=False)
+    pruned = BASELINES["flap+hidden"].prune(given)
+    network, pruning = Network.load(given.source, WINDOWS, CPU), pruned.pruning
+    assert pruning is not None
+    kept = pruning.kept(Axis.HIDDEN, None)
+    assert len(kept) < pruning.architecture.num_units[Axis.HIDDEN]
+    num_checked = 0
+    for written, (name, spec, layer) in pruning.tensors().items():
+        if not name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight")):
+            continue
+        axis = flap.input_axis(spec)
+        assert axis is not None
+        keep = pruning.plan.keep[axis][layer]
+        weight = flap.output_by_input(network.weight(name), spec)
+        keep = keep.repeat_interleave(weight.shape[1] // len(keep))
+        lost = flap.lost_output(weight, network.moments[name].mean, keep)[kept]
+        bias = name.replace("weight", "bias")
+        before = network.model.get_parameter(bias)[kept]
+        found = pruned.model.get_parameter(written.replace("weight", "bias")) - before
+        assert torch.allclose(found, lost.to(found), atol=1e-4 * float(lost.norm()))
+        num_checked += 1
+    assert num_checked
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
 def test_slicegpt_without_slicing_is_the_dense_function(tmp_path: Path, name: str) -> None:
     given = case(tmp_path, name)
@@ -188,6 +215,17 @@ def test_slicegpt_without_slicing_is_the_dense_function(tmp_path: Path, name: st
     with torch.no_grad():
         actual = slicegpt.sliced_model(given, pruning, bases)(WINDOWS).logits
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_per_layer_result_that_happens_to_be_uniform_stays_one(tmp_path: Path) -> None:
+    """A stock GPT-2 could not say so few heads of this width."""
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=24, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    source = open_source(str(tmp_path / "dense"))
+    given = Case(source, WINDOWS, WINDOWS[:2], 0.4, False, 0, tmp_path / "out", CPU)
+    pruned = BASELINES["magnitude"].prune(given)
+    assert type(pruned.model).__name__ == "PerLayerGPT2LMHeadModel"
 
 
 def test_slicegpt_size_by_hand(tmp_path: Path) -> None:

@@ -104,17 +104,18 @@ def test_a_model_that_names_its_classes_agrees_with_itself(
     assert task_data(args, source, 16).evaluate(model, 4)["accuracy"] == 1
 
 
-def test_a_head_of_three_classes_has_a_score_that_it_can_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "number"), [("mrpc", 3), ("stsb", 2)])
+def test_the_headline_is_a_score_that_a_head_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    """MRPC's own, F1, is for two."""
+    """MRPC's own, F1, is for two classes, and STS-B's for numbers."""
     config = BertConfig(
-        **ENCODER_WIDTHS, num_labels=3, architectures=["BertForSequenceClassification"]
+        **ENCODER_WIDTHS, num_labels=number, architectures=["BertForSequenceClassification"]
     )
     monkeypatch.setitem(CONFIGS, "three", config)
     source = open_source(str(save_tiny("three", tmp_path / "model")))
-    (tmp_path / "mrpc").mkdir()
-    data = write(tmp_path / "mrpc", [0, 1], ["a b", "c d e f"])
+    (tmp_path / name).mkdir()
+    data = write(tmp_path / name, [0, 1], ["a b", "c d e f"])
     args = PruneArguments(model="model", data=str(data), text_field="text", samples=2)
     task = task_data(args, source, 16)
     found = task.evaluate(load_model(source, torch.float32, torch.device("cpu")), 4)
@@ -164,5 +165,7 @@ def test_finetuning_names_the_classes(tmp_path: Path) -> None:
         model=str(tmp_path / "model"), data=str(data), text_field="text", task="classification",
         batch_size=2, seq_len=16, finetune_epochs=1, output=str(tmp_path / "out"), quiet=True,
     )  # fmt: skip
-    config = AutoConfig.from_pretrained(finetune_first(args).model)
+    with_dense = finetune_first(args)
+    assert with_dense is not None
+    config = AutoConfig.from_pretrained(with_dense.model)
     assert config.id2label == {0: "no", 1: "yes"} and config.label2id == {"no": 0, "yes": 1}
