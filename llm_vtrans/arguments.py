@@ -251,6 +251,10 @@ class PruneArguments:
             self._at_least(name, 0)
         for name in ("gradient_accumulation", "log_every"):
             self._at_least(name, 1)
+        for name in ("finetune_epochs", "finetune_learning_rate"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be a number above 0, got {value}")
         self._at_least("seed", 0)
         if self.seed >= 2**32:
             raise UserError(f"--seed must be below 2**32, got {self.seed}")

@@ -7,6 +7,7 @@ every way to launch the run, seconds at a stated utilisation, and which launch f
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -96,9 +97,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--mfu", type=float, default=0.4, help="share of that which a run reaches")
     args = parser.parse_args(arguments)
     args.peak = args.peak or (GPU_PEAK if args.gpus else None)
-    for name in ("samples", "batch_size"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("samples", 1), ("batch_size", 1), ("seq_len", 2)):
+        if (number := getattr(args, name)) is not None and number < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {number}")
     for name in ("sparsity", "mfu"):
         if not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name} must be in (0, 1), got {getattr(args, name)}")
@@ -112,9 +113,12 @@ def _number(flag: str, text: str, units: dict[str, int]) -> float:
     digits = text.strip().upper().rstrip("KMGTB")
     unit = text.strip().upper()[len(digits) :]
     try:
-        return float(digits) * units[unit]
+        number = float(digits) * units[unit]
     except (KeyError, ValueError) as error:
         raise UserError(f"{flag} {text!r}: expected a number with one of {list(units)}") from error
+    if not 0 < number < math.inf:
+        raise UserError(f"{flag} {text!r}: must be above 0")
+    return number
 
 
 def read_config(name: str, revision: str | None) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llm_vtrans import __version__
+from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.training.loop import Progress
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -147,7 +148,7 @@ def truncate_metrics(folder: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))
 
 
 def peak_rss() -> int:

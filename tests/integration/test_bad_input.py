@@ -200,6 +200,11 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "flag without value": (with_flags("--config"), ("--config", "expected one", "--help")),
     "no number": (with_flags("--samples", "few"), ("--samples", "'few'", "--help")),
     "negative seed": (with_flags("--seed", "-1"), ("--seed", "-1", "at least 0")),
+    "endless finetuning": (with_flags("--finetune-epochs", "inf"), ("--finetune-epochs", "inf")),
+    "no finetuning rate": (
+        with_flags("--finetune-learning-rate", "-1"),
+        ("--finetune-learning-rate", "above 0"),
+    ),
     "huge seed": (with_flags("--seed", str(2**32)), ("--seed", str(2**32), "below")),
     "unknown layout": (with_flags("--layout", "tall"), ("--layout", "'tall'", "per-layer")),
     "unknown structure": (

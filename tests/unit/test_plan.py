@@ -60,6 +60,8 @@ def test_no_seconds_of_a_processor_that_nobody_names(capsys: pytest.CaptureFixtu
         (["--gpus", "-1"], "--gpus must not be negative"),
         (["--gpus", "1", "--gpu-memory", "many"], "--gpu-memory 'many'"),
         (["--mfu", "1.5"], "--mfu must be in (0, 1)"),
+        (["--peak", "0T"], "--peak '0T': must be above 0"),
+        (["--seq-len", "-5"], "--seq-len must be at least 2, got -5"),
         (["--model", "./nothing"], "its config cannot be read"),
         (["--seq-len", "100000"], "--seq-len 100000 is longer than the model's context of 256"),
     ],
