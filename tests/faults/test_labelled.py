@@ -143,16 +143,19 @@ def largest_file(size: int) -> Iterator[None]:
 def test_half_a_dense_model_is_not_taken_up(
     tmp_path: Path, encoder: Path, capsys: pytest.CaptureFixture[str], tally: Tally
 ) -> None:
-    """The record of an earlier finetuning goes before its model does."""
+    """A full disk leaves the earlier one, whole; and what has half a record is made anew."""
     write(tmp_path, "classification")
     arguments = finetune(tmp_path, encoder, "classification")
     assert run_command(prune, arguments) == 0
     capsys.readouterr()
     other = [*arguments, "--seed", "7", "--overwrite"]
+    dense = tmp_path / "out-dense"
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
     with largest_file(20_000):
         tally.survived("disk", told(capsys, prune, other))
-    record = tmp_path / "out-dense" / RECORD_FILE
-    assert not record.exists()
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    assert not [*tmp_path.glob(".out-dense*")]
+    record = dense / RECORD_FILE
     record.write_text('{"settings": {"seed"')  # half a record is none
     assert run_command(prune, [*arguments, "--overwrite"]) == 0
     assert json.loads(record.read_text())["settings"]["seed"] == 0
