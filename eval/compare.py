@@ -96,8 +96,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--samples must be at least {SELECTION_WINDOWS + CHOICE_WINDOWS}, the number that "
             f"one-shot methods see, got {args.samples}"
         )
-    args.sparsity = list(dict.fromkeys(args.sparsity))
-    args.methods = list(dict.fromkeys(n for m in args.methods for n in groups.get(m, [m])))
+    args.methods = [name for given in args.methods for name in groups.get(given, [given])]
+    for name in ("methods", "sparsity", "seeds", "recover"):  # a cell is computed once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if unknown := [name for name in args.methods if name not in methods]:
         raise UserError(f"--methods {unknown[0]}: choose {NAMED}, or of {', '.join(methods)}")
     for name in args.recover:
@@ -157,13 +158,13 @@ def prepare_windows(settings: Settings, source: Source, seed: int) -> str:
 def plan_cells(args: argparse.Namespace, settings: Settings, source: Source) -> Iterator[Cell]:
     """Every cell, dense first; methods that are alike in both layouts run in one."""
     checkpoint = source.checkpoint.sha256
-    inputs = {seed: prepare_windows(settings, source, seed) for seed in dict.fromkeys(args.seeds)}
+    inputs = {seed: prepare_windows(settings, source, seed) for seed in args.seeds}
     layouts = ["stock", "per-layer"] if args.layout == "both" else [args.layout]
     for seed, digest in inputs.items():
         yield Cell(DENSE, 0.0, "-", NO_RECOVERY, seed, checkpoint, digest)
     for name in args.methods:
         method = method_of(name, settings)
-        for recovery in dict.fromkeys(args.recover):
+        for recovery in args.recover:
             if not (recovery == NO_RECOVERY or method.is_plain or is_general(recovery)):
                 continue  # its function is no plain network that this recovery knows
             for layout in layouts[:1] if method.is_uniform else layouts:

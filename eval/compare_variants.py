@@ -123,17 +123,21 @@ def select(arguments: list[str], importance: Callable[[Network, int], Importance
     job.export()
 
 
-def results(args: argparse.Namespace, common: list[str]) -> Iterator[Result]:
-    """Runs what is missing, method by method.
+def claim(folder: Path, options: list[str]) -> None:
+    """Makes the folder one of these options' results, if it is not yet.
 
     Raises:
-        UserError: the results that are there already are of other options.
+        UserError: the results that are there are of other options.
     """
-    options, now = args.output / "options.json", [*common, f"--data-fraction={args.data_fraction}"]
-    if options.is_file() and json.loads(options.read_text()) != now:
-        raise UserError(f"{args.output}: holds results of other options; choose another --output")
-    args.output.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(options, json.dumps(now) + "\n")
+    path = folder / "options.json"
+    if path.is_file() and json.loads(path.read_text()) != options:
+        raise UserError(f"{folder}: holds results of other options; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(options) + "\n")
+
+
+def results(args: argparse.Namespace, common: list[str]) -> Iterator[Result]:
+    """Runs what is missing, method by method."""
     for sparsity in args.sparsity:
         for method in args.methods:
             folder = args.output / f"{method}-{sparsity:g}"
@@ -208,7 +212,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder; a rerun continues it")
     args, common = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    args.output.mkdir(parents=True, exist_ok=True)
+    claim(args.output, [*common, f"--data-fraction={args.data_fraction}"])
     first, common = dense_model(args, common)
     source = open_source(first.model)
     found = list(results(args, common))

@@ -51,10 +51,11 @@ def prune(arguments: list[str], kind: type[Job] = Job) -> None:
         jobs = list(filter(None, [_prepared(run, preemption, kind) for run in runs]))
         while jobs and not args.dry_run:
             _run(job := jobs.pop(0))
-            if not jobs:
-                job.accelerator.end_training()  # the ranks part, so not before all is done
-            for tracker in job.accelerator.trackers if jobs else ():
-                tracker.finish()
+            if jobs:  # until all is done the ranks stay together
+                for tracker in job.accelerator.trackers:
+                    tracker.finish()
+            else:
+                job.accelerator.end_training()
 
 
 def _prepared(args: PruneArguments, preemption: Preemption, kind: type[Job]) -> Job | None:

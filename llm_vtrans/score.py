@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llm_vtrans.commands.command import Parser, is_rank_zero, positive
 from llm_vtrans.embedded import EMBEDDED_MODEL
 from llm_vtrans.errors import UserError
+from llm_vtrans.export.per_layer_modeling import auto_class_of
 from llm_vtrans.record.output_folder import atomic_write_text
 from llm_vtrans.scoring.perplexity import Estimate, text_documents, text_windows
 
@@ -46,7 +47,6 @@ DATA_DIR = (
 )
 
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "accelerate", "tokenizers")
-CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of such classes
 HARNESS_MAX_LENGTH = 2048  # the harness's own, for configs that state no longest sequence
 
 TASKS_HELP = (
@@ -114,8 +114,9 @@ def read_config(checkpoint: str, trust_remote_code: bool) -> PretrainedConfig:
     names = getattr(config, "architectures", None) or ()
     # Others would be loaded, with a head of random numbers in place of their own.
     if names and not (
-        names[0].endswith(CAUSAL)
-        or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+        names[0].endswith("ForConditionalGeneration")  # text with pictures
+        or "AutoModelForCausalLM"
+        in (auto_class_of(names[0]), *(getattr(config, "auto_map", None) or ()))
     ):
         raise UserError(
             f"{checkpoint}: holds a {names[0]}, no causal language model; vtrans.json states the "

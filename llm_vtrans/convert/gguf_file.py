@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from llm_vtrans.convert.layouts import Layout, arranged, empty_ffn, gguf_name, layout_of
 from llm_vtrans.errors import UserError
 from llm_vtrans.loading.checkpoint import Checkpoint
+from llm_vtrans.loading.source import check_known
 
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -154,11 +155,7 @@ class TokenizerFields:
                 f"{folder}: only byte-level BPE tokenizers split as GPT-2, Llama 3 or Qwen 2 do "
                 "are written as GGUF so far"
             )
-        if (largest := max(model["vocab"].values())) >= vocab_size:
-            raise UserError(
-                f"{folder}: the tokenizer gives token {largest}, the model knows {vocab_size}: "
-                "they do not belong together"
-            )
+        check_known(folder, "token", max(model["vocab"].values()), vocab_size)
         tokens = [f"[PAD{i}]" for i in range(vocab_size)]
         types = [int(gguf.TokenType.UNUSED)] * vocab_size
         for token, index in model["vocab"].items():

@@ -76,6 +76,8 @@ class PerLayerModel:
         for index in range(len(layers)):
             layer_config = config.per_layer_config[index]
             skip = set(getattr(layer_config, "skip", None) or ())
+            if "ffn" in skip:  # constructors warn of empty matrices
+                layer_config.intermediate_size = 1
             layers[index] = self.build_layer(type(layers[index]), layer_config, index, skip)
         self.post_init()  # type: ignore[attr-defined]
 
@@ -83,8 +85,6 @@ class PerLayerModel:
         """One layer of the library's class, with the sub-layers in `skip` left out."""
         if "attention" in skip:  # constructors divide by the head counts
             config.num_attention_heads = config.num_key_value_heads = 1
-        if "ffn" in skip:  # and warn of empty matrices
-            config.intermediate_size = 1
         layer: nn.Module = layer_class(config, index)
         if "attention" in skip:
             layer.self_attn, layer.input_layernorm = SkippedAttention(), nn.Identity()
@@ -124,8 +124,6 @@ class PerLayerBert(PerLayerModel):
     def build_layer(self, layer_class: type, config: Any, index: int, skip: set[str]) -> nn.Module:
         """One layer with heads of `config.head_dim`."""
         heads, config.num_attention_heads = config.num_attention_heads, 1
-        if "ffn" in skip:
-            config.intermediate_size = 1
         layer: Any = layer_class(config, index)
         if "attention" in skip:
             layer.attention = PassedAttention()

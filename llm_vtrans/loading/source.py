@@ -168,6 +168,25 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: F
             )
 
 
+def check_known(model: object, what: str, largest: int, number: int) -> None:
+    """A tokenizer's ids must have rows in the model's table.
+
+    Args:
+        model: whose they are.
+        what: kind of id, such as `token`.
+        largest: that the tokenizer gives.
+        number: of rows.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if largest >= number:
+        raise UserError(
+            f"{model}: the tokenizer gives {what} {largest}, the model knows {number}: they do not "
+            "belong together"
+        )
+
+
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer.
 

@@ -16,7 +16,7 @@ from llm_vtrans.errors import UserError
 from llm_vtrans.export.per_layer_modeling import AUTO_CLASSES
 from llm_vtrans.families import Architecture, Axis
 from llm_vtrans.families.base import Norm, head_of
-from llm_vtrans.loading.source import Source, load_tokenizer
+from llm_vtrans.loading.source import Source, check_known, load_tokenizer
 from llm_vtrans.preparation.resources import tokens_of_window
 from llm_vtrans.tasks import HEADS, Task, make_task, task_of
 from llm_vtrans.tasks.encoding import with_noise
@@ -203,11 +203,7 @@ def task_data(args: PruneArguments, source: Source, seq_len: int) -> Task:
         known["token_type_ids"] = ("token type", source.config.type_vocab_size)
     for name, (what, number) in known.items():
         largest = max(int(part.tensors[name].max()) for part in (data.train, data.heldout))
-        if largest >= number:
-            raise UserError(
-                f"{args.model}: the tokenizer gives {what} {largest}, the model knows {number}: "
-                "they do not belong together"
-            )
+        check_known(args.model, what, largest, number)
     if len(data.classes) > source.config.num_labels:
         raise UserError(
             f"--data {args.data}: {len(data.classes)} classes, the model has "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -47,8 +48,7 @@ def probe(arguments: list[str]) -> None:
     masks = read_masks(args.run, source.checkpoint.sha256)
     kept, signal = head_masks(masks, args.run)
     tokenizer = load_tokenizer(source)
-    # Whatever its head: the network of a decoder looks back alone.
-    is_causal = source.config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_causal = looks_back(source.config)
     seq_len = min(args.seq_len, source.architecture.max_positions)
     windows = cut(tokenizer, read_text(args), seq_len, args.samples, is_causal)
     model = load_eager(source)
@@ -80,6 +80,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.seq_len < 4:
         raise UserError(f"--seq-len must be at least 4, got {args.seq_len}")
     return args
+
+
+def looks_back(config: PretrainedConfig) -> bool:
+    """Whether a token sees those before it alone, as in a decoder, whatever its head is."""
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def read_text(args: argparse.Namespace) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from eval import compare as command
 from eval.comparison import cell as cells
 from eval.comparison import plots, report
 from eval.comparison.overlap import check_apart
@@ -24,6 +25,24 @@ from tests.tiny import VOCAB_SIZE
 
 seeds = st.integers(0, 2)
 SAMPLES = cells.SELECTION_WINDOWS + cells.CHOICE_WINDOWS
+
+
+def test_what_is_given_twice_is_computed_once(tmp_path: Path) -> None:
+    """A second one would count as another seed."""
+    given = [
+        "--sparsity",
+        "0.5",
+        "0.3",
+        "0.5",
+        "--methods",
+        "random",
+        "random",
+        "--seeds",
+        "1",
+        "1",
+    ]
+    args = command.parse([*given, "--output", str(tmp_path)])
+    assert (args.sparsity, args.methods, args.seeds) == ([0.5, 0.3], ["random"], [1])
 
 
 def start_compare(folder: Path, *more: str, text: str = "other.txt") -> subprocess.Popen[str]:

@@ -9,9 +9,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from llm_vtrans.probe.attention import attention_modules, measure, shares_of, watching
+from llm_vtrans.probe.command import looks_back
 from llm_vtrans.probe.significance import NUM_PERMUTATIONS, compare, holm
 from llm_vtrans.probe.texts import Windows, cut, keywords
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import CONFIGS, save_tiny, tiny_model
 
 
 def windows(batch=2, length=6, vocab=90):
@@ -123,3 +124,14 @@ def test_windows_of_a_decoder(tmp_path):
     made = cut(tokenizer, ["ABCDEFGH", "IJKLMNOP", "QRSTUVWX"], 5, 9, is_causal=True)
     assert made.input_ids.shape == (4, 5) and bool(made.is_token.all())
     assert made.is_special[:, 0].all() and not made.is_special[:, 1:].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_who_looks_back_whatever_the_head(name):
+    model, seen = tiny_model(name), []
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, 90, (1, 2, 6) if name.endswith("choose") else (1, 6))
+    with watching(model, lambda layer, weights: seen.append(weights)):
+        model(ids)
+    assert looks_back(model.config) == all(bool((w.triu(1) == 0).all()) for w in seen)
